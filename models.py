@@ -1,0 +1,195 @@
+"""Multilayer perceptrons without biases, as stacks of runs, and how they are trained.
+
+Weights are a list, W[m]: [..., d_{m+1}, d_m]. Activations are [..., d, n], a column a sample:
+h_0 = X, h_m = σ(W_m h_{m-1}), and the logits are W_L h_{L-1}. Leading dimensions are runs: every
+function treats each index of them alone, so that a hundred networks train as one. All runs of a
+stack see the same mini-batches in the same order.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+BLOCK = 10  # mini-batches whose products with the first layer are one matrix product
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """LeakyReLU with slope 0.1 as in the paper, with its inverse and its derivative."""
+
+    def __init__(self, negative_slope=0.1):
+        super().__init__(negative_slope)
+
+    def inverse(self, x):
+        """Return σ^{-1}(x), elementwise."""
+        return F.leaky_relu(x, 1 / self.negative_slope)
+
+    def derivative(self, x):
+        """Return σ'(x), elementwise; at 0 it is the slope, as in torch's backward pass."""
+        return torch.where(x > 0, x.new_ones(()), x.new_tensor(self.negative_slope))
+
+
+def init_weights(widths, seeds):
+    """Draw weights uniform in ±1/sqrt(fan_in), layer by layer, as the published code does.
+
+    One int as `seeds` gives W[m]: [d_{m+1}, d_m]; a sequence gives [len(seeds), d_{m+1}, d_m].
+    A run's weights depend on its own seed alone.
+    """
+    if not isinstance(seeds, int):
+        return [torch.stack(layer) for layer in zip(*(init_weights(widths, s) for s in seeds))]
+    generator = torch.Generator().manual_seed(seeds)
+    weights = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        k = 1 / fan_in**0.5
+        weights.append(2 * k * torch.rand(fan_out, fan_in, generator=generator) - k)
+    return weights
+
+
+def propagate(weights, z, activation):
+    """Return the logits [..., classes, n] from the first layer's pre-activations z = W_0 X.
+
+    `weights` are those of the layers above the first.
+    """
+    for w in weights:
+        z = w @ activation(z)
+    return z
+
+
+def forward(weights, x, activation):
+    """Return the logits [..., classes, n] of x: [d_0, n]."""
+    return propagate(weights[1:], weights[0] @ x, activation)
+
+
+def cross_entropy_of_logits(logits, y):
+    """Return the cross-entropy [...], a mean over n samples; logits [..., classes, n], y [n]."""
+    index = y.expand(*logits.shape[:-2], 1, -1)
+    return -logits.log_softmax(-2).gather(-2, index).mean((-2, -1))
+
+
+def cross_entropy(weights, x, y, activation):
+    """Return the mean cross-entropy [...] of each run on x: [d_0, n], y: [n] int64."""
+    return cross_entropy_of_logits(forward(weights, x, activation), y)
+
+
+class MLP(nn.Module):
+    """A stack of networks as a module: `weights` are its parameters, a column of x a sample."""
+
+    def __init__(self, weights, activation):
+        super().__init__()
+        self.weights = nn.ParameterList(weights)
+        self.activation = activation
+
+    def forward(self, x):
+        return forward(list(self.weights), x, self.activation)
+
+
+def backpropagate(weights, z, targets, activation):
+    """Return the loss of each run and what its gradient is made of, in closed form.
+
+    weights: those of the layers above the first; z = W_0 X: [..., d_1, n]; targets: [classes, n],
+    one-hot. Returns the mean cross-entropy [...], the inputs h_1 … h_{L-1} of the layers above the
+    first, and δ_0 … δ_{L-1}, the loss's gradients at the layers' pre-activations: the gradient
+    with respect to W_m is δ_m h_m^T, with h_0 = X.
+    """
+    n = targets.shape[-1]
+    pre_activations, inputs = [], []
+    for w in weights:
+        pre_activations.append(z)
+        inputs.append(activation(z))
+        z = w @ inputs[-1]
+    log_p = z.log_softmax(-2)
+    loss = (log_p * targets).sum((-2, -1)) / -n
+    deltas = [(log_p.exp() - targets) / n]
+    for w, z in zip(reversed(weights), reversed(pre_activations)):
+        deltas.append((w.mT @ deltas[-1]) * activation.derivative(z))
+    return loss, inputs, deltas[::-1]
+
+
+def one_hot(y, weights):
+    """Return labels y: [n] as columns [classes, n] in the weights' type."""
+    return F.one_hot(y, weights[-1].shape[-2]).T.to(weights[-1])
+
+
+def check_finite(losses):
+    """Raise FloatingPointError, naming run and step, if a loss of losses: [steps, ...] is not."""
+    bad = (~losses.reshape(len(losses), -1).isfinite()).nonzero()
+    if len(bad):
+        step, run = bad[0].tolist()
+        raise FloatingPointError(
+            f"the loss of run {run} of the stack is not finite at step {step} of the epoch"
+        )
+
+
+@torch.no_grad()
+def train_epoch(model, x, y, optimizer, batch_size=20):
+    """Train an MLP for one pass over x: [N, d_0], y: [N], in the order in which they lie.
+
+    `optimizer` is any elementwise one of torch.optim over the model's parameters, so that each run
+    of the stack is trained alone. Returns the mean training loss [...] of each run over the epoch.
+    Raises FloatingPointError where a loss is not finite.
+    """
+    weights = list(model.weights)
+    targets = one_hot(y, weights)
+    losses = []
+    for first in range(0, len(x), batch_size):
+        batch = x[first : first + batch_size].T
+        loss, inputs, deltas = backpropagate(
+            weights[1:],
+            weights[0] @ batch,
+            targets[:, first : first + batch_size],
+            model.activation,
+        )
+        for w, h, delta in zip(weights, [batch, *inputs], deltas):
+            w.grad = delta @ h.mT
+        optimizer.step()
+        losses.append(loss)
+    losses = torch.stack(losses)
+    check_finite(losses)
+    return losses.mean(0)
+
+
+@torch.no_grad()
+def train_epoch_sgd(weights, x, y, lr, activation, batch_size=20):
+    """Train by plain SGD, in place, as `train_epoch` does with torch.optim.SGD(lr=lr).
+
+    The first layer has nearly all of the weights. Its changes over a block of steps are kept as
+    W_0 − lr Σ_j δ_j X_j^T and added at the block's end; until then W_0 X_k is corrected by
+    −lr Σ_j δ_j (X_j^T X_k). The sums are the same, and the large products see many batches at once.
+    The weights must be contiguous.
+    """
+    first_layer = weights[0].view(-1, weights[0].shape[-1])
+    targets = one_hot(y, weights)
+    losses = []
+    for block in range(0, len(x), BLOCK * batch_size):
+        X = x[block : block + BLOCK * batch_size]
+        Z = weights[0] @ X.T
+        gram = X @ X.T
+        delta_0 = torch.empty_like(Z)
+        for first in range(0, len(X), batch_size):
+            batch = slice(first, min(first + batch_size, len(X)))
+            z = Z[..., batch]
+            if first:
+                z = z - lr * (delta_0[..., :first] @ gram[:first, batch])
+            columns = slice(block + batch.start, block + batch.stop)
+            loss, inputs, deltas = backpropagate(weights[1:], z, targets[:, columns], activation)
+            delta_0[..., batch] = deltas[0]
+            for w, h, delta in zip(weights[1:], inputs, deltas[1:]):
+                w.sub_(delta @ h.mT, alpha=lr)
+            losses.append(loss)
+        first_layer.addmm_(delta_0.view(-1, len(X)), X, alpha=-lr)
+    losses = torch.stack(losses)
+    check_finite(losses)
+    return losses.mean(0)
+
+
+@torch.no_grad()
+def evaluate(weights, x, y, activation, chunk=1000):
+    """Return the mean loss [...] and the accuracy [...] of each run on x: [N, d_0], y: [N].
+
+    `chunk` bounds the memory: so many samples are in flight at once.
+    """
+    loss = correct = 0
+    for x_chunk, y_chunk in zip(x.split(chunk), y.split(chunk)):
+        logits = forward(weights, x_chunk.T, activation)
+        loss = loss + cross_entropy_of_logits(logits, y_chunk) * len(y_chunk)
+        correct = correct + (logits.argmax(-2) == y_chunk).sum(-1)
+    return loss / len(y), correct / len(y)

@@ -1,0 +1,50 @@
+"""What the tests share: the published code's outputs and the inputs they belong to."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from init_directory import ROOT
+from models import LeakyReLU, init_weights
+from teleportation import random_directions, random_generators
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+@pytest.fixture
+def activation():
+    return LeakyReLU()
+
+
+@pytest.fixture(params=GOLDEN["networks"], ids=lambda network: f"seed{network['seed']}")
+def golden(request):
+    """A network of golden.json, with its weights, x, y, generators and directions in float64."""
+    network = request.param
+    seed, widths = network["seed"], network["widths"]
+    data = torch.Generator().manual_seed(seed + 1)
+    x = torch.rand(widths[0], network["n"], generator=data)
+    y = torch.randint(10, (network["n"],), generator=data)
+    generators = random_generators(widths, torch.Generator().manual_seed(seed + 2))
+    directions = random_directions(widths, [0.5], torch.Generator().manual_seed(seed + 3))
+    return network | {
+        "weights": [w.double() for w in init_weights(widths, seed)],
+        "x": x.double(),
+        "y": y,
+        "generators": [M.double() for M in generators],
+        "directions": [d.double() for d in directions],
+    }
+
+
+@pytest.fixture
+def run_script():
+    """Run one of the repository's scripts; returns the finished process with its output."""
+
+    def run(script, *arguments, **options):
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+    return run

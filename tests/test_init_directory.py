@@ -1,0 +1,123 @@
+"""init_directory.py: results are whole or absent, and mistakes are sentences."""
+
+import argparse
+import errno
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from init_directory import (
+    FOLDERS,
+    UserError,
+    at_least,
+    device,
+    init_directory,
+    load,
+    run,
+    save,
+    save_figure,
+    whole_file,
+)
+
+SETTINGS = {"epochs": 3, "widths": (4, 2)}
+
+
+def test_init_directory_makes_the_folders_and_may_run_twice(tmp_path):
+    init_directory(tmp_path)
+    init_directory(tmp_path)
+    assert all((tmp_path / folder).is_dir() for folder in FOLDERS)
+
+
+def test_a_saved_result_comes_back(tmp_path):
+    path = tmp_path / "new" / "result.npz"
+    save(path, SETTINGS, a=torch.arange(3.0), b=np.ones((2, 2)), seconds=1.5)
+    arrays = load(path, SETTINGS)
+    assert arrays.keys() == {"a", "b", "seconds"}
+    assert arrays["a"].tolist() == [0, 1, 2] and float(arrays["seconds"]) == 1.5
+
+
+def test_a_result_with_other_settings_is_refused(tmp_path):
+    path = tmp_path / "result.npz"
+    save(path, SETTINGS, a=np.ones(1))
+    with pytest.raises(UserError, match=r"result.npz was made with other settings \(epochs\)"):
+        load(path, SETTINGS | {"epochs": 4})
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "altered", "foreign"])
+def test_a_damaged_result_is_named_and_counts_as_absent(tmp_path, capsys, damage):
+    path = tmp_path / "result.npz"
+    save(path, SETTINGS, a=np.arange(1000.0))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if damage == "altered":
+        content[middle : middle + 4] = b"\xff\xff\xff\xff"
+    parts = {"empty": b"", "truncated": content[:middle], "altered": content, "foreign": b"hello"}
+    path.write_bytes(parts[damage])
+    assert load(path, SETTINGS) is None
+    assert "result.npz is damaged" in capsys.readouterr().err
+
+
+def test_a_missing_result_is_none(tmp_path, capsys):
+    assert load(tmp_path / "result.npz", SETTINGS) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_write_that_fails_leaves_the_earlier_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("earlier")
+    with pytest.raises(OSError), whole_file(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_figure_is_saved_as_pdf_and_png_and_is_the_same_bytes_again(tmp_path):
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    for name in ("one", "two"):
+        save_figure(figure, tmp_path / name)
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+    for suffix in ("pdf", "png"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (
+            tmp_path / f"two.{suffix}"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("the file is gone: fetch it."), 2, "the file is gone: fetch it."),
+        (OSError(errno.ENOSPC, "No space left on device", "logs/a"), 2, "logs/a: No space left"),
+        (KeyboardInterrupt(), 130, "The same command goes on"),
+    ],
+)
+def test_run_ends_with_a_sentence_and_a_status(capsys, error, status, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == status
+    assert words in capsys.readouterr().err
+
+
+def test_run_hides_no_mistake_of_the_code():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many", ""])
+def test_a_count_below_the_least_is_refused(text):
+    assert at_least(1)("7") == 7
+    with pytest.raises(argparse.ArgumentTypeError, match="not a whole number of 1 or more"):
+        at_least(1)(text)
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(text):
+    assert device("cpu") == torch.device("cpu")
+    with pytest.raises(argparse.ArgumentTypeError, match=f"no device '{text}' here"):
+        device(text)
