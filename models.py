@@ -6,6 +6,8 @@ function treats each index of them alone, so that a hundred networks train as on
 stack see the same mini-batches in the same order.
 """
 
+from numbers import Integral
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ class LeakyReLU(nn.LeakyReLU):
 
     def derivative(self, x):
         """Return σ'(x), elementwise; at 0 it is the slope, as in torch's backward pass."""
-        return torch.where(x > 0, x.new_ones(()), x.new_tensor(self.negative_slope))
+        return (x > 0).to(x.dtype).clamp(min=self.negative_slope)
 
 
 def init_weights(widths, seeds):
@@ -34,9 +36,9 @@ def init_weights(widths, seeds):
     One int as `seeds` gives W[m]: [d_{m+1}, d_m]; a sequence gives [len(seeds), d_{m+1}, d_m].
     A run's weights depend on its own seed alone.
     """
-    if not isinstance(seeds, int):
+    if not isinstance(seeds, Integral):
         return [torch.stack(layer) for layer in zip(*(init_weights(widths, s) for s in seeds))]
-    generator = torch.Generator().manual_seed(seeds)
+    generator = torch.Generator().manual_seed(int(seeds))
     weights = []
     for fan_in, fan_out in zip(widths, widths[1:]):
         k = 1 / fan_in**0.5
@@ -71,7 +73,7 @@ def cross_entropy(weights, x, y, activation):
 
 
 class MLP(nn.Module):
-    """A stack of networks as a module: `weights` are its parameters, a column of x a sample."""
+    """A stack of networks as a module: `weights` become its parameters, a column of x a sample."""
 
     def __init__(self, weights, activation):
         super().__init__()
@@ -160,9 +162,9 @@ def train_epoch_sgd(weights, x, y, lr, activation, batch_size=20):
     targets = one_hot(y, weights)
     losses = []
     for block in range(0, len(x), BLOCK * batch_size):
-        X = x[block : block + BLOCK * batch_size]
-        Z = weights[0] @ X.T
-        gram = X @ X.T
+        X = x[block : block + BLOCK * batch_size]  # [n, d_0], n = BLOCK * batch_size but at the end
+        Z = weights[0] @ X.T  # [..., d_1, n]
+        gram = X @ X.T  # [n, n], shared by all runs
         delta_0 = torch.empty_like(Z)
         for first in range(0, len(X), batch_size):
             batch = slice(first, min(first + batch_size, len(X)))

@@ -1,14 +1,164 @@
-"""The core: sharpness and curvature of minima, for stacks of networks.
+"""The core: group actions on pairs of layers, teleporting, sharpness and curvature of minima.
 
 Shapes are those of models.py: W[m]: [..., d_{m+1}, d_m], activations [..., d, n], a column a
 sample; leading dimensions are runs. Equation numbers are the paper's.
 """
 
+from math import comb
+
 import torch
 
-from models import cross_entropy_of_logits, propagate
+from models import backpropagate, cross_entropy, cross_entropy_of_logits, one_hot, propagate
 
 CHUNK = 400_000  # first-layer activations of perturbed networks in flight at once: fits the cache
+
+
+def pseudoinverse(h):
+    """Return h^+ [..., n, d] of matrices h: [..., d, n] of full rank, through a QR decomposition.
+
+    That is some ten times as fast as torch.linalg.pinv's singular values, and as accurate.
+    Raises ValueError, naming the member, where a matrix is not finite or not of full rank.
+    """
+    d, n = h.shape[-2:]
+    if n < d:
+        return pseudoinverse(h.mT).mT
+    q, r = torch.linalg.qr(h.mT)  # h = r^T q^T
+    diagonal = r.diagonal(dim1=-2, dim2=-1).abs()
+    # written so that nan counts as bad
+    bad = ~(diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1))
+    if bad.any():
+        member = bad.nonzero()[0].tolist()
+        what = "of full rank" if h[tuple(member)].isfinite().all() else "finite"
+        raise ValueError(
+            f"the hidden activations [{d}, {n}] of run {member} are not {what}, "
+            "so their pseudoinverse does not undo them"
+        )
+    return torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
+
+
+def group_action(U, V, h, g, activation):
+    """Act with g on a pair of layers: V' = gV, U' = U σ(Vh) σ(gVh)^+; return (U', V').
+
+    V: [..., d, d_in] acts on h: [..., d_in, n], U: [..., d_out, d] comes above it, g: [..., d, d].
+    The pair's outputs on h are kept where σ(gVh) has full column rank, which needs n <= d;
+    elsewhere U' is the least-squares refit of them. Raises ValueError as `pseudoinverse` does.
+    """
+    V_new = g @ V
+    return U @ (activation(V @ h) @ pseudoinverse(activation(V_new @ h))), V_new
+
+
+def act(weights, x, group_elements, activation):
+    """Act on a whole network, pair by pair from the input upwards; return the new weights.
+
+    group_elements: g_m: [..., d_{m+1}, d_{m+1}] for each pair. The hidden input of a pair is that
+    of the network as transformed so far. x: [d_0, n].
+    """
+    weights, h = list(weights), x
+    for m, g in enumerate(group_elements):
+        V, U = weights[m : m + 2]
+        weights[m + 1], weights[m] = group_action(U, V, h, g, activation)
+        h = activation(weights[m] @ h)
+    return weights
+
+
+def loss_and_gradient_norm_squared(weights, x, y, activation):
+    """Return the loss [...] and |∇L|² [...], over all weights; x: [d_0, n], y: [n]."""
+    targets = one_hot(y, weights)
+    loss, inputs, deltas = backpropagate(weights[1:], weights[0] @ x, targets, activation)
+    gradient = [delta @ h.mT for delta, h in zip(deltas, [x, *inputs])]
+    return loss, inner_product(gradient, gradient)
+
+
+def gradient_norm_squared(weights, x, y, activation):
+    """Return |∇L|² [...] of each run, over all weights; x: [d_0, n], y: [n]."""
+    return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
+
+
+def pull_back(gradient, weights, x, activation):
+    """Return an objective's gradient in T_m at T = 0, where I + T_m acts on the m-th pair.
+
+    gradient: the objective's gradient in the weights, a list like them. To first order in T, with
+    z = Vh, h' = σ(z) and P = h' h'^+, the pseudoinverse action is dV = TV and
+    dU = −U P dh' h'^+ + U h'^{+T} dh'^T (I − P), dh' = σ'(z) ∘ Tz. The second term vanishes where
+    h' has full row rank (n >= d), since P = I there; elsewhere U must be refitted already: U = UP.
+    """
+    h, result = x, []
+    for m, (V, U) in enumerate(zip(weights, weights[1:])):
+        z = V @ h
+        h = activation(z)
+        h_pinv = pseudoinverse(h)
+        in_h = -U.mT @ gradient[m + 1] @ h_pinv.mT
+        if h.shape[-1] < h.shape[-2]:
+            in_row_space = gradient[m + 1].mT @ U @ h_pinv.mT
+            in_h = in_h + in_row_space - h @ (h_pinv @ in_row_space)
+        result.append(gradient[m] @ V.mT + (activation.derivative(z) * in_h) @ z.mT)
+    return result
+
+
+@torch.no_grad()
+def ascend(objective, weights, x, lr, steps, activation, stop=float("inf")):
+    """Move weights along their orbit by gradient ascent on T_m, with I + T_m acting on each pair.
+
+    objective(weights, x) returns the loss [...], what is to grow [...], and its gradient in the
+    weights, a list like them; it must meet x through W_0 x alone. Each step starts from T = 0; a
+    run whose objective is above `stop` stays where it is. lr: a number or a tensor [...], negative
+    to descend. Returns the new weights and the path: `loss` and `objective` [steps + 1, ...] on x,
+    and `group_elements`, for each pair the product of the steps' I + T_m.
+    """
+    first_layer = weights[0]
+    if 2 * x.shape[-1] < x.shape[-2]:
+        # x meets the first layer through its span alone: n inputs are left of d_0
+        q, x = torch.linalg.qr(x)
+        weights = [first_layer @ q, *weights[1:]]
+    identities = [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
+    if x.shape[-1] < max(len(identity) for identity in identities):
+        weights = act(weights, x, identities, activation)  # what is left of U is its refit
+    path, total = [], identities
+    for step in range(steps + 1):
+        loss, value, gradient = objective(weights, x)
+        path.append((loss, value))
+        if step < steps:
+            rate = torch.as_tensor(lr * (value <= stop))[..., None, None]
+            T = pull_back(gradient, weights, x, activation)
+            elements = [identity + rate * t for identity, t in zip(identities, T)]
+            weights = act(weights, x, elements, activation)
+            total = [g @ before for g, before in zip(elements, total)]
+    losses, values = (torch.stack(column) for column in zip(*path))
+    path = {"loss": losses, "objective": values, "group_elements": total}
+    return [total[0] @ first_layer, *weights[1:]], path
+
+
+def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False):
+    """Teleport to a larger gradient: `steps` steps of ascent on |∇L|² over the batch x, y.
+
+    A run stops early where |∇L|² > cap. x: [d_0, n], y: [n]; weights: [..., d_{m+1}, d_m], and
+    every run of a stack moves alone. Returns the new weights and, with return_path, the path that
+    `ascend` describes; its objective is |∇L|².
+    """
+
+    def objective(weights, x):
+        with torch.enable_grad():
+            leaves = [w.detach().requires_grad_() for w in weights]
+            loss, norm = loss_and_gradient_norm_squared(leaves, x, y, activation)
+            gradient = torch.autograd.grad(norm.sum(), leaves)
+        return loss.detach(), norm.detach(), gradient
+
+    weights, path = ascend(objective, weights, x, lr, steps, activation, stop=cap)
+    return (weights, path) if return_path else weights
+
+
+def random_group_elements(group_elements, generator):
+    """Draw g_m = I + T_m with random T_m of the Frobenius norms |g_m − I| that are given.
+
+    group_elements: [..., d, d] for each pair; so is what is returned. Every member is drawn alone.
+    """
+    drawn = []
+    for g in group_elements:
+        identity = torch.eye(g.shape[-1]).to(g)
+        T = torch.randn(g.shape, generator=generator).to(g)
+        scale = (g - identity).norm(dim=(-2, -1)) / T.norm(dim=(-2, -1))
+        drawn.append(identity + scale[..., None, None] * T)
+    return drawn
 
 
 def random_directions(widths, radii, generator, sphere=False):
@@ -70,10 +220,10 @@ def curve_derivatives(weights, x, generators, activation):
         h_next, slope = activation(z), activation.derivative(z)
         h_pinv = torch.linalg.pinv(h)
         M2 = M @ M
-        first[m] += (M @ h_next / slope) @ h_pinv
-        second[m] += (M2 @ h_next / slope) @ h_pinv
-        first[m + 1] -= U @ M
-        second[m + 1] += U @ M2
+        first[m] = first[m] + (M @ h_next / slope) @ h_pinv
+        second[m] = second[m] + (M2 @ h_next / slope) @ h_pinv
+        first[m + 1] = first[m + 1] - U @ M
+        second[m + 1] = second[m + 1] + U @ M2
         h = h_next
     return first, second
 
@@ -92,3 +242,140 @@ def curvature(first, second):
     speed2, cross = inner_product(first, first), inner_product(first, second)
     area2 = speed2 * inner_product(second, second) - cross**2
     return area2.clamp(min=0).sqrt() / speed2**1.5
+
+
+def curvature_along(weights, x, generator, layer, activation):
+    """Return κ [...] and dκ/dt [...] at t = 0 along the curve g = exp(tM) at one pair of layers.
+
+    The pseudoinverse action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
+    [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
+    (n >= d); raises ValueError where they have not.
+    """
+    h = x
+    for w in weights[:layer]:
+        h = activation(w @ h)
+    V, U = weights[layer : layer + 2]
+    z = V @ h
+    a, slope = [activation(z)], activation.derivative(z)
+    d, n = a[0].shape[-2:]
+    if n < d:
+        raise ValueError(f"a batch of {n} is smaller than the layer, {d}: its curve has no refit")
+    a_pinv = pseudoinverse(a[0])
+    gram_inverse = a_pinv.mT @ a_pinv  # (a a^T)^{-1}
+    outputs = U @ a[0]
+    V, U = [V], [U]  # and their derivatives
+    for k in (1, 2, 3):
+        V.append(generator @ V[-1])
+        z = generator @ z
+        a.append(slope * z)  # σ'' = 0
+        # U minimises |U a − outputs|, so U (a a^T) = outputs a^T: Leibniz' rule, solved for U^(k)
+        right = outputs @ a[k].mT
+        for j in range(k):
+            gram = sum(comb(k - j, i) * (a[i] @ a[k - j - i].mT) for i in range(k - j + 1))
+            right = right - comb(k, j) * (U[j] @ gram)
+        U.append(right @ gram_inverse)
+    first, second, third = ((V[k], U[k]) for k in (1, 2, 3))
+    kappa = curvature(first, second)
+    s, c = inner_product(first, first), inner_product(first, second)
+    e, f = inner_product(second, third), inner_product(first, third)
+    # κ² s³ = s |γ''|² − c², and s' = 2c, c' = |γ''|² + f, (|γ''|²)' = 2e
+    derivative = (s * e - c * f) / (kappa * s**3) - 3 * c * kappa / s
+    return kappa, derivative
+
+
+def sharpness_and_gradient(weights, x, y, directions, activation):
+    """Return φ [...], as `sharpness` does, and its gradient in the weights, in closed form.
+
+    directions: an iterable of lists as `sharpness` takes them, shared by all runs and with the same
+    number K of directions each, so that many need not be in memory at once.
+    """
+    targets = one_hot(y, weights)
+    z = (weights[0] @ x).unsqueeze(-3)
+    chunk = max(1, CHUNK // z.numel())
+    phi, delta_0, gradient, count = 0, 0, [0 for _ in weights], 0
+    for block in directions:
+        dz = block[0] @ x
+        for first in range(0, len(dz), chunk):
+            ks = slice(first, first + chunk)
+            perturbed = [w.unsqueeze(-3) + d[ks] for w, d in zip(weights[1:], block[1:])]
+            loss, inputs, deltas = backpropagate(perturbed, z + dz[ks], targets, activation)
+            phi = phi + loss.sum(-1)
+            delta_0 = delta_0 + deltas[0].sum(-3)
+            for m, (delta, h) in enumerate(zip(deltas[1:], inputs), start=1):
+                gradient[m] = gradient[m] + (delta @ h.mT).sum(-3)
+        count += len(dz)
+    gradient[0] = delta_0 @ x.mT
+    return phi / count, [g / count for g in gradient]
+
+
+def teleport_sharpness(
+    weights, x, y, lr, steps, radii, number, seed, activation, stop=float("inf"), return_path=False
+):
+    """Teleport to another sharpness: ascent, or descent where lr < 0, on the mean perturbed loss.
+
+    Each step draws `number` directions for each radius anew from `seed`; all runs share them, and
+    the batch x: [d_0, n], y: [n], so that their products are computed once. lr and stop: numbers or
+    tensors that broadcast over the runs; a run stops where φ > stop. Returns the new weights and,
+    with return_path, the path that `ascend` describes; its objective is φ.
+    """
+    widths = [len(x), *(w.shape[-2] for w in weights)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def objective(weights, x):
+        blocks = (
+            [d.to(x) for d in random_directions(widths, [radius] * number, generator)]
+            for radius in radii
+        )
+        phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
+        return cross_entropy(weights, x, y, activation), phi, gradient
+
+    weights, path = ascend(objective, weights, x, lr, steps, activation, stop)
+    return (weights, path) if return_path else weights
+
+
+@torch.no_grad()
+def teleport_curvature(weights, x, lr, generators, activation, layer=1):
+    """Teleport to another curvature: a step t = lr dκ/dt along exp(tM) for each M of `generators`.
+
+    The action is on the pair `layer` alone. generators: M: [d, d], one for each step, shared by
+    all runs; lr: a number or a tensor that broadcasts over the runs, negative to decrease κ.
+    Returns the new weights and the product of the steps' group elements: [..., d, d].
+    """
+    weights, total = list(weights), torch.eye(weights[layer].shape[-2]).to(x)
+    h = x
+    for w in weights[:layer]:
+        h = activation(w @ h)
+    for M in generators:
+        _, derivative = curvature_along(weights, x, M, layer, activation)
+        g = torch.linalg.matrix_exp((lr * derivative)[..., None, None] * M)
+        V, U = weights[layer : layer + 2]
+        weights[layer + 1], weights[layer] = group_action(U, V, h, g, activation)
+        total = g @ total
+    return weights, total
+
+
+@torch.no_grad()
+def estimate(stacks, x, y, radii, k, activation, sphere=False):
+    """Return φ and ψ [runs] of all networks on the k-th batch, as Table 1 estimates them.
+
+    stacks: a list of stacks of networks, [runs, d_{m+1}, d_m], which are estimated one at a time
+    for the caches' sake. All share the batch's draws: a direction for each radius, and M for each
+    pair of layers. x: [d_0, n], y: [n].
+    """
+    widths = [len(x), *(w.shape[-2] for w in stacks[0])]
+    generators = random_generators(widths, torch.Generator().manual_seed(12345 * k))
+    generators = [M.to(x) for M in generators]
+    directions = random_directions(
+        widths, radii, torch.Generator().manual_seed(12345 * k + 1), sphere
+    )
+    directions = [d.to(x) for d in directions]
+    # The batch meets the first layer through its span alone: with X = QR, W_0 X = (W_0 Q) R, and
+    # since Q's columns are orthonormal, so are γ's lengths kept. That leaves n inputs of d_0.
+    q, x = torch.linalg.qr(x)
+    directions[0] = directions[0] @ q
+    phi, psi = [], []
+    for weights in stacks:
+        weights = [weights[0] @ q, *weights[1:]]
+        phi.append(sharpness(weights, x, y, directions, activation))
+        psi.append(curvature(*curve_derivatives(weights, x, generators, activation)))
+    return torch.cat(phi), torch.cat(psi)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import correlation  # noqa: E402
 from data import Dataset  # noqa: E402
 from models import LeakyReLU, init_weights, train_epoch_sgd  # noqa: E402
+from teleportation import estimate  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -75,9 +76,9 @@ def estimators(name, limit=None):
     """φ and ψ of 100 networks on one batch of 200."""
     experiment = correlation.EXPERIMENTS[name]
     widths, n, k = experiment.widths, correlation.ESTIMATION_BATCH, len(experiment.radii)
-    data = made_up(name, 2 * n)
+    x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     stacks = [init_weights(widths, range(experiment.stack)) for _ in range(100 // experiment.stack)]
-    seconds = best_seconds(lambda: correlation.estimate(stacks, data, experiment, 0, False))
+    seconds = best_seconds(lambda: estimate(stacks, x, y, experiment.radii, 0, LeakyReLU()))
     first = widths[0] * widths[1]
     forward = connections(widths)
     products = 100 * forward + k * first + 100 * k * (forward - first)

@@ -12,16 +12,11 @@ import torch
 from scipy import stats
 
 import correlation
-from data import load_sample
-from init_directory import ROOT
-from models import LeakyReLU, init_weights
-from teleportation import (
-    curvature,
-    curve_derivatives,
-    random_directions,
-    random_generators,
-    sharpness,
-)
+from conftest import GOLDEN
+from data import load_dataset, load_sample
+from init_directory import ROOT, UserError
+from models import LeakyReLU, evaluate, init_weights, train_epoch_sgd
+from teleportation import estimate
 
 SMALL = ("--sample", "--dataset", "MNIST", "--runs", "4", "--epochs", "2", "--batches", "3")
 
@@ -42,6 +37,64 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=str(key))
 
 
+class Bar:
+    """A progress bar that shows nothing."""
+
+    def update(self, n=1):
+        pass
+
+
+def test_experiments_have_the_published_settings():
+    for name, widths, lr in (
+        ("MNIST", (784, 16, 10, 10), 1e-2),
+        ("FashionMNIST", (784, 16, 10, 10), 1e-2),
+        ("CIFAR10", (3072, 128, 32, 10), 2e-2),
+    ):
+        experiment = correlation.EXPERIMENTS[name]
+        assert (experiment.widths, experiment.lr) == (widths, lr)
+        radii = 10 * experiment.radii if name != "MNIST" else experiment.radii
+        assert len(radii) == 20
+        assert radii[0] == pytest.approx(0.001) and radii[-1] == pytest.approx(0.191)
+    published = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}
+    assert published == correlation.PUBLISHED
+    assert correlation.BATCH == 20 and correlation.ESTIMATION_BATCH == 200
+
+
+MNIST_FILE = ROOT / "data/MNIST/raw/train-images-idx3-ubyte"
+
+
+@pytest.mark.skipif(not MNIST_FILE.exists(), reason="needs the full MNIST in data/")
+@pytest.mark.parametrize("runs", [range(1), range(3)], ids=["alone", "stack"])
+def test_first_epoch_on_mnist_is_the_published_one(tmp_path, runs):
+    data, golden = load_dataset("MNIST"), GOLDEN["training"]
+    experiment = correlation.EXPERIMENTS["MNIST"]
+    state = correlation.train_stack(data, experiment, runs, 1, tmp_path / "runs.npz", {}, Bar())
+    for key in ("train_loss", "test_loss", "test_accuracy"):
+        assert state[key].flatten()[0] == pytest.approx(golden[key], abs=1e-4)
+
+
+def test_a_stack_is_trained_from_its_runs_seeds_and_tested_on_the_test_images(tmp_path):
+    data, experiment = load_sample("MNIST"), correlation.EXPERIMENTS["MNIST"]
+    path = tmp_path / "runs.npz"
+    state = correlation.train_stack(data, experiment, range(3, 5), 2, path, {}, Bar())
+    weights = init_weights(experiment.widths, [4 * 54321, 5 * 54321])
+    for loss in state["train_loss"]:
+        expected = train_epoch_sgd(weights, data.x_train, data.y_train, experiment.lr, LeakyReLU())
+        np.testing.assert_array_equal(loss, expected)
+    for key, value in zip(
+        ("test_loss", "test_accuracy"), evaluate(weights, data.x_test, data.y_test, LeakyReLU())
+    ):
+        np.testing.assert_array_equal(state[key], value)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_epoch_named(tmp_path):
+    experiment = correlation.EXPERIMENTS["MNIST"]._replace(lr=1e20)
+    with pytest.raises(UserError, match="runs, epoch 0: the loss of run 0 of the stack is not"):
+        correlation.train_stack(
+            load_sample("MNIST"), experiment, range(2), 2, tmp_path / "runs.npz", {}, Bar()
+        )
+
+
 def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, run_script):
     done = run_script("correlation.py", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -49,13 +102,14 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, run
     names = ["test_loss_vs_curvature", "test_loss_vs_sharpness", "curvature_vs_sharpness"]
     expected = {f"MNIST_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
     assert {path.name for path in figures.iterdir()} == expected | {"summary.json", "table1.md"}
-    entry = json.loads((figures / "summary.json").read_text())["MNIST"]
+    entry = json.loads((figures / "summary.json").read_text())["datasets"]["MNIST"]
     arrays = results(tmp_path)
     phi = arrays["estimates-4runs-orthant.npz", "sharpness"]
     assert phi.shape == (3, 4) and entry["runs"] == 4
-    r = stats.pearsonr(phi.mean(0), arrays["runs000-003.npz", "test_loss"]).statistic
+    test_loss = arrays["runs000-003.npz", "test_loss"]
+    r = stats.pearsonr(phi.mean(0), test_loss).statistic
     assert entry["sharpness"]["pearson"] == pytest.approx(r, abs=1e-5)
-    assert (figures / "table1.md").read_text() in done.stdout
+    assert (figures / "table1.md").read_text("utf-8") in done.stdout
 
     first = {path.name: path.read_bytes() for path in figures.iterdir()}
     for path in figures.iterdir():
@@ -63,6 +117,38 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, run
     again = run_script("correlation.py", *SMALL, "--plot-only", "--output", tmp_path)
     assert again.returncode == 0, again.stderr
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
+
+    fewer = run_script(
+        "correlation.py", *SMALL, "--plot-only", "--batches", 2, "--output", tmp_path
+    )
+    assert fewer.returncode == 0, fewer.stderr
+    entry = json.loads((figures / "summary.json").read_text())["datasets"]["MNIST"]
+    r = stats.pearsonr(phi[:2].mean(0), test_loss).statistic
+    assert entry["sharpness"]["pearson"] == pytest.approx(r, abs=1e-5)
+
+    more = run_script("correlation.py", *SMALL, "--plot-only", "--batches", 4, "--output", tmp_path)
+    assert more.returncode == 2 and "orthant.npz has 3 of 4 batches" in more.stderr
+
+    log = tmp_path / "logs/correlation/MNIST-sample-2epochs/estimates-4runs-orthant.npz"
+    log.rename(log.with_name("estimates-4runs-sphere.npz"))
+    other = run_script("correlation.py", *SMALL, "--sphere", "--output", tmp_path)
+    assert other.returncode == 2 and "was made with other settings (directions)" in other.stderr
+
+
+def test_a_dataset_keeps_the_others_in_the_table(tmp_path, run_script):
+    for name in ("MNIST", "FashionMNIST"):
+        done = run_script("correlation.py", *SMALL, "--dataset", name, "--output", tmp_path)
+    assert "| MNIST | Fashion-MNIST |" in done.stdout
+    other = run_script("correlation.py", *SMALL, "--batches", 2, "--output", tmp_path)
+    assert "| MNIST |\n" in other.stdout  # the other dataset's was made with other settings
+
+
+def test_directions_on_the_sphere_give_another_sharpness_and_the_same_curvature():
+    x, y = torch.rand(12, 20), torch.randint(10, (20,))
+    stacks = [init_weights((12, 6, 5, 10), [1, 2])]
+    orthant, sphere = (estimate(stacks, x, y, [1.0], 3, LeakyReLU(), kind) for kind in (0, 1))
+    assert ((orthant[0] - sphere[0]).abs() > 1e-4).all()
+    assert torch.equal(orthant[1], sphere[1])
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, run_script):
@@ -90,40 +176,6 @@ def test_more_batches_go_on_from_those_that_are_there(tmp_path, run_script):
     assert_same(results(once), results(twice))
 
 
-def test_estimates_are_those_of_each_network_on_the_whole_inputs():
-    """The reduction to the batch's span and the sharing of draws change no number."""
-    data, experiment = load_sample("CIFAR10"), correlation.EXPERIMENTS["CIFAR10"]
-    experiment = experiment._replace(widths=(3072, 8, 6, 10), radii=[0.5, 2.0, 8.0])
-    data = data._replace(x_train=data.x_train.double())
-    weights = [w.double() for w in init_weights(experiment.widths, [1, 2, 3])]
-    stacks = [[w[:2] for w in weights], [w[2:] for w in weights]]
-    torch.set_default_dtype(torch.float64)  # the draws, too
-    try:
-        phi, psi = correlation.estimate(stacks, data, experiment, 4, sphere=False)
-        x, y = correlation.estimation_batch(data, 4)
-        M = random_generators(experiment.widths, torch.Generator().manual_seed(4 * 12345))
-        d = random_directions(
-            experiment.widths, experiment.radii, torch.Generator().manual_seed(4 * 12345 + 1)
-        )
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for run in range(3):
-        alone = [w[run] for w in weights]
-        assert phi[run] == pytest.approx(sharpness(alone, x, y, d, LeakyReLU()).item(), abs=1e-10)
-        kappa = curvature(*curve_derivatives(alone, x, M, LeakyReLU()))
-        assert psi[run] == pytest.approx(kappa.item(), rel=1e-8)
-
-
-def test_batches_are_drawn_without_replacement_until_the_images_run_out():
-    data = load_sample("MNIST")
-    data = data._replace(x_train=torch.arange(1000.0).unsqueeze(1))
-    batches = [correlation.estimation_batch(data, k)[0][0] for k in range(10)]
-    assert all(batch.shape == (200,) for batch in batches)
-    for shuffle in (batches[:5], batches[5:]):
-        assert torch.cat(shuffle).sort().values.tolist() == list(range(1000))
-    assert not torch.equal(batches[0], batches[5])
-
-
 def test_correlations_are_scipys_with_their_interval():
     generator = np.random.default_rng(0)
     a = generator.normal(size=50)
@@ -137,6 +189,18 @@ def test_correlations_are_scipys_with_their_interval():
     assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
+def test_partial_correlation_is_that_of_the_residuals():
+    generator = np.random.default_rng(1)
+    given = generator.normal(size=40)
+    a, b = generator.normal(size=(2, 40)) + given
+    residuals = []
+    for values in (a, b):
+        line = stats.linregress(given, values)
+        residuals.append(values - line.slope * given - line.intercept)
+    expected = np.corrcoef(*residuals)[0, 1]
+    assert correlation.partial_correlation(a, b, given) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -144,7 +208,8 @@ def test_correlations_are_scipys_with_their_interval():
         (["--runs", "3"], "'3' is not a whole number of 4 or more"),
         (["--epochs", "-1"], "'-1' is not a whole number of 1 or more"),
         (["--device", "abacus"], "there is no device 'abacus' here"),
-        ([*SMALL, "--plot-only"], "has no finished results: run without --plot-only first"),
+        (["--device", "meta"], "there is no device 'meta' here"),
+        ([*SMALL, "--plot-only"], "is missing or not finished: run without --plot-only first"),
     ],
 )
 def test_bad_input_gets_a_sentence(tmp_path, run_script, arguments, words):
@@ -156,6 +221,7 @@ def test_bad_input_gets_a_sentence(tmp_path, run_script, arguments, words):
 def test_help_explains_every_option_with_its_default(run_script):
     done = run_script("correlation.py", "--help")
     assert done.returncode == 0
-    for option in ("--dataset", "--runs", "--epochs", "--batches", "--sphere", "--sample"):
-        assert option in done.stdout
-    assert done.stdout.count("default") >= 9
+    options = done.stdout.partition("options:")[2].split("\n  --")[1:]
+    assert len(options) == 10
+    for option in options:
+        assert "default: " in " ".join(option.split()), option

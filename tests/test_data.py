@@ -322,3 +322,22 @@ def test_an_unwritable_folder_gives_its_sentence(tmp_path):
         f"data.py: no file can be written to {tmp_path}/file/MNIST/raw (Not a directory): "
         "mend that, or choose another folder for the data.\n"
     )
+
+
+def test_batches_are_drawn_without_replacement_until_the_images_run_out():
+    dataset = data.load_sample("MNIST")
+    dataset = dataset._replace(x_train=torch.arange(1000.0).unsqueeze(1))
+    batches = [data.shuffled_batch(dataset, 200, k)[0][0] for k in range(10)]
+    assert all(batch.shape == (200,) for batch in batches)
+    for shuffle in (batches[:5], batches[5:]):
+        assert torch.cat(shuffle).sort().values.tolist() == list(range(1000))
+    assert not torch.equal(batches[0], batches[5])
+    assert data.shuffled_batch(dataset, 2000, 3)[0].shape == (1, 1000)
+
+
+def test_a_batch_has_its_images_labels():
+    dataset = data.load_sample("MNIST")
+    x, y = data.shuffled_batch(dataset, 50, 2)
+    for image, label in zip(x.T, y):
+        place = (dataset.x_train == image).all(1).nonzero()[0]
+        assert dataset.y_train[place] == label

@@ -1,20 +1,31 @@
 """init_directory.py: results are whole or absent, and mistakes are sentences."""
 
 import argparse
+import contextlib
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from init_directory import (
     FOLDERS,
+    ROOT,
     UserError,
     at_least,
     device,
+    figures_folder,
     init_directory,
     load,
+    made_with,
+    paired_difference,
+    provenance,
     run,
     save,
     save_figure,
@@ -57,6 +68,47 @@ def test_a_damaged_result_is_named_and_counts_as_absent(tmp_path, capsys, damage
     path.write_bytes(parts[damage])
     assert load(path, SETTINGS) is None
     assert "result.npz is damaged" in capsys.readouterr().err
+
+
+def test_no_altered_byte_ends_in_a_traceback(tmp_path):
+    path = tmp_path / "result.npz"
+    save(path, SETTINGS, a=np.arange(3.0))
+    content = path.read_bytes()
+    for place in range(len(content)):
+        altered = bytearray(content)
+        altered[place] ^= 0xFF
+        path.write_bytes(altered)
+        with contextlib.suppress(UserError):  # a byte of the settings
+            load(path, SETTINGS)
+
+
+def test_the_device_is_recorded_and_not_compared(tmp_path):
+    path = tmp_path / "result.npz"
+    save(path, SETTINGS | {"device": "cuda"}, a=np.ones(1))
+    assert load(path, SETTINGS | {"device": "cpu"})["a"] == 1
+
+
+def test_results_are_saved_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made_with.cache_clear()
+    save(tmp_path / "result.npz", SETTINGS, a=np.ones(1))
+    found = provenance(tmp_path / "result.npz")
+    made_with.cache_clear()
+    assert found["commit"] is None and found["torch"] == torch.__version__
+
+
+def test_text_is_utf8_in_any_locale(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import init_directory as i;"
+        "i.run(lambda: (i.save_text(sys.argv[2], chr(966)), print(chr(966))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code, str(ROOT), str(tmp_path / "text")],
+        env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout) == (0, b"?\n"), done.stderr
+    assert (tmp_path / "text").read_bytes() == "φ".encode()
 
 
 def test_a_missing_result_is_none(tmp_path, capsys):
@@ -121,3 +173,26 @@ def test_a_device_that_is_not_there_is_refused(text):
     assert device("cpu") == torch.device("cpu")
     with pytest.raises(argparse.ArgumentTypeError, match=f"no device '{text}' here"):
         device(text)
+
+
+def test_other_settings_than_the_published_have_a_folder_of_their_own():
+    published = {"runs": 100, "sphere": False}
+
+    def folder(**changes):
+        args = published | {"output": "out", "sample": False} | changes
+        return figures_folder(argparse.Namespace(**args), "correlation", published)
+
+    assert folder() == Path("out/figures/correlation")
+    assert folder(runs=20) == Path("out/figures/correlation-20runs")
+    assert folder(sphere=True) == Path("out/figures/correlation-sphere")
+    assert folder(runs=20, sample=True) == Path("out/figures/sample/correlation")
+
+
+def test_paired_difference_is_students():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(2, 12))
+    found = paired_difference(a, b)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert found["mean"] == pytest.approx((a - b).mean())
+    assert [found["low"], found["high"]] == pytest.approx([expected.low, expected.high])
+    assert paired_difference(a, a) == {"mean": 0, "low": 0, "high": 0}

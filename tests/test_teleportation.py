@@ -5,13 +5,27 @@ import torch
 from torch.nn import functional as F
 
 import teleportation
-from models import init_weights
+from conftest import GOLDEN
+from models import cross_entropy, forward, init_weights
 from teleportation import (
+    act,
+    ascend,
     curvature,
+    curvature_along,
     curve_derivatives,
+    estimate,
+    gradient_norm_squared,
+    group_action,
+    pseudoinverse,
+    pull_back,
     random_directions,
     random_generators,
+    random_group_elements,
     sharpness,
+    sharpness_and_gradient,
+    teleport,
+    teleport_curvature,
+    teleport_sharpness,
 )
 
 WIDTHS = (12, 6, 5, 10)
@@ -119,6 +133,16 @@ def test_curvature_is_that_of_the_plain_formulas_for_each_network(case, activati
         torch.testing.assert_close(kappa[run], plain_curvature(*plain))
 
 
+def test_generators_may_have_leading_dimensions_of_their_own(case, activation):
+    weights, x, _, _, generators = case
+    weights = [w[0] for w in weights]
+    many = [torch.stack([M, -M, M @ M]) for M in generators]
+    kappa = curvature(*curve_derivatives(weights, x, many, activation))
+    for k in range(3):
+        alone = curve_derivatives(weights, x, [M[k] for M in many], activation)
+        torch.testing.assert_close(kappa[k], curvature(*alone))
+
+
 @pytest.mark.parametrize("pair", [0, 1])
 def test_curve_derivatives_are_those_of_the_acted_on_network(case, activation, pair):
     """Central differences of g = exp(t M) acting on one pair of layers."""
@@ -165,3 +189,267 @@ def test_generators_have_norm_one_and_come_from_their_seed():
     assert [M.shape for M in first] == [(6, 6), (5, 5)]
     for M, same in zip(first, again):
         assert M.norm().item() == pytest.approx(1) and M.min() >= 0 and torch.equal(M, same)
+
+
+def norm_gradient_in_T(weights, x, y, activation):
+    """Return the gradient of |∇L|² in T_m at T = 0, from that in the weights."""
+    leaves = [w.clone().requires_grad_() for w in weights]
+    norm = gradient_norm_squared(leaves, x, y, activation).sum()
+    return pull_back(torch.autograd.grad(norm, leaves), weights, x, activation)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 6), (3, 6, 20)])
+def test_pseudoinverse_is_torchs(shape):
+    h = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(pseudoinverse(h), torch.linalg.pinv(h))
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_pseudoinverse_that_does_not_undo_is_named(tall):
+    h = torch.randn(2, 3, 4, 9, dtype=torch.float64)
+    deficient, broken = h.clone(), h.clone()
+    deficient[1, 2, 3] = 2 * deficient[1, 2, 0] - deficient[1, 2, 1]
+    broken[0, 1, 2, 2] = float("nan")
+    for matrix, words in (
+        (deficient, r"run \[1, 2\] are not of full rank"),
+        (broken, "not finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pseudoinverse(matrix.mT if tall else matrix)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stack"])
+def test_group_action_and_ascent_direction_are_the_published_ones(golden, activation, stacked):
+    weights = stack_with(golden["weights"]) if stacked else golden["weights"]
+    run, x, y = (1 if stacked else ...), golden["x"], golden["y"]
+    norm = gradient_norm_squared(weights, x, y, activation)[run]
+    assert norm.item() == pytest.approx(golden["gradient_norm_squared"], abs=1e-8)
+    T = [t[run] for t in norm_gradient_in_T(weights, x, y, activation)]
+    assert norms(T) == pytest.approx(golden["teleport_gradient_norms"], abs=1e-8)
+    assert [t[0, 0].item() for t in T] == pytest.approx(golden["teleport_gradient_00"], abs=1e-8)
+    assert [t[0, 1].item() for t in T] == pytest.approx(golden["teleport_gradient_01"], abs=1e-8)
+
+    V, U, top = weights
+    g = torch.eye(len(golden["generators"][0])) + 0.1 * golden["generators"][0]
+    U, V = group_action(U, V, x, g, activation)
+    assert norms([U[run], V[run]]) == pytest.approx(golden["action_UV_norms"], abs=1e-8)
+    loss = cross_entropy([V, U, top], x, y, activation)[run]
+    assert loss.item() == pytest.approx(golden["loss_after_action"], abs=1e-8)
+
+
+def test_one_step_is_the_published_one_to_first_order(golden, activation):
+    """The published hidden activations are right to first order: hence the tolerances."""
+    expected = golden["after_1_step_lr_0.05"]
+    weights, path = teleport(
+        golden["weights"], golden["x"], golden["y"], 0.05, 1, activation, return_path=True
+    )
+    assert path["loss"][1].item() == pytest.approx(expected["loss"], abs=1e-6)
+    assert path["objective"][1].item() == pytest.approx(expected["gradient_norm_squared"], abs=1e-6)
+    assert norms(weights) == pytest.approx(expected["weight_norms"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("n", "kept"), [(4, True), (5, True), (20, False)])
+def test_outputs_are_kept_where_the_batch_is_no_larger_than_the_layers(case, activation, n, kept):
+    weights, x, _, _, generators = case
+    x = x[:, :n]
+    elements = [torch.eye(len(M)) + 0.5 * M for M in generators]
+    moved = act(weights, x, elements, activation)
+    change = (forward(moved, x, activation) - forward(weights, x, activation)).abs().max()
+    assert (moved[0] - weights[0]).abs().max() > 0.05
+    assert bool(change < 1e-10) == kept
+
+
+def test_the_refit_is_the_least_squares_one(case, activation):
+    weights, x, *_, generators = case
+    V, U = weights[0][0], weights[1][0]
+    g = torch.eye(6) + 0.5 * generators[0]
+    U_new, V_new = group_action(U, V, x, g, activation)
+    fit = torch.linalg.lstsq(activation(V_new @ x).T, (U @ activation(V @ x)).T).solution.T
+    torch.testing.assert_close(U_new, fit)
+
+
+@pytest.mark.parametrize("n", [4, 20], ids=["exact", "refit"])
+def test_ascent_direction_is_that_of_finite_differences(case, activation, n):
+    weights, x, y, *_ = case
+    weights, x, y = [w[0] for w in weights], x[:, :n], y[:n]
+    identities = [torch.eye(d, dtype=torch.float64) for d in (6, 5)]
+    start = act(weights, x, identities, activation)
+    T = norm_gradient_in_T(start, x, y, activation)
+
+    def norm(m, direction, t):
+        elements = list(identities)
+        elements[m] = elements[m] + t * direction
+        return gradient_norm_squared(act(weights, x, elements, activation), x, y, activation)
+
+    for m in (0, 1):
+        direction = torch.randn_like(T[m], generator=torch.Generator().manual_seed(m))
+        slope = (norm(m, direction, 1e-6) - norm(m, direction, -1e-6)) / 2e-6
+        torch.testing.assert_close((T[m] * direction).sum(), slope, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [4, 20], ids=["exact", "refit"])
+def test_a_small_step_raises_the_gradient_norm(case, activation, n):
+    weights, x, y, *_ = case
+    _, path = teleport(weights, x[:, :n], y[:n], 1e-3, 3, activation, return_path=True)
+    assert (path["objective"].diff(dim=0) > 0).all()
+
+
+def test_a_stack_teleports_as_its_members_do_alone(case, activation):
+    weights, x, y, *_ = case
+    stacked, path = teleport(weights, x, y, 0.05, 4, activation, return_path=True)
+    for run in range(3):
+        alone, path_alone = teleport(
+            [w[run] for w in weights], x, y, 0.05, 4, activation, return_path=True
+        )
+        torch.testing.assert_close([w[run] for w in stacked], alone)
+        for key in ("loss", "objective"):
+            torch.testing.assert_close(path[key][:, run], path_alone[key])
+
+
+def test_the_path_says_what_happened(case, activation):
+    weights, x, y, *_ = case
+    moved, path = teleport(weights, x, y, 0.05, 4, activation, return_path=True)
+    for end, w in ((0, weights), (-1, moved)):
+        torch.testing.assert_close(path["loss"][end], cross_entropy(w, x, y, activation))
+        torch.testing.assert_close(
+            path["objective"][end], gradient_norm_squared(w, x, y, activation)
+        )
+    torch.testing.assert_close(moved[0], path["group_elements"][0] @ weights[0])
+
+
+def test_a_run_above_the_cap_stays_and_the_others_go_on(case, activation):
+    weights, x, y, *_ = case
+    start = gradient_norm_squared(weights, x, y, activation)
+    cap = start.sort().values[:2].mean()  # between the least and the next
+    moved = teleport(weights, x, y, 1e-3, 2, activation, cap=cap)
+    for w, new in zip(weights, moved):
+        stayed = torch.isclose(w, new, rtol=0, atol=1e-12).flatten(1).all(1)
+        assert stayed.tolist() == (start > cap).tolist()
+
+
+def test_estimates_are_those_of_each_network_on_the_whole_inputs(activation):
+    """The reduction to the batch's span and the sharing of draws change no number."""
+    widths, radii = (300, 8, 6, 10), [0.5, 2.0, 8.0]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, 40, generator=generator, dtype=torch.float64)
+    y = torch.randint(10, (40,), generator=generator)
+    weights = [w.double() for w in init_weights(widths, [1, 2, 3])]
+    stacks = [[w[:2] for w in weights], [w[2:] for w in weights]]
+    phi, psi = estimate(stacks, x, y, radii, 4, activation)
+    M = random_generators(widths, torch.Generator().manual_seed(4 * 12345))
+    d = random_directions(widths, radii, torch.Generator().manual_seed(4 * 12345 + 1))
+    M, d = [m.double() for m in M], [direction.double() for direction in d]
+    torch.testing.assert_close(phi, sharpness(weights, x, y, d, activation))
+    torch.testing.assert_close(psi, curvature(*curve_derivatives(weights, x, M, activation)))
+
+
+def test_random_group_elements_are_as_far_from_the_identity_as_the_given_ones():
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.eye(d) + torch.randn(2, 3, d, d, generator=generator) for d in (6, 5)]
+    for g, drawn in zip(given, random_group_elements(given, generator)):
+        lengths = [(a - torch.eye(len(a[0, 0]))).norm(dim=(-2, -1)) for a in (g, drawn)]
+        torch.testing.assert_close(*lengths)
+        assert not torch.allclose(g, drawn)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stack"])
+def test_curvature_along_exp_is_the_published_one(activation, stacked):
+    (golden,) = GOLDEN["curvature_along_exp"]
+    seed, widths, layer = golden["seed"], golden["widths"], golden["layer"]
+    weights = [w.double() for w in init_weights(widths, seed)]
+    if stacked:
+        weights = stack_with(weights)
+    x = torch.rand(widths[0], golden["n"], generator=torch.Generator().manual_seed(seed + 1))
+    d = widths[layer + 1]
+    M = torch.rand(d, d, generator=torch.Generator().manual_seed(seed + 4)).double()
+    found = curvature_along(weights, x.double(), M, layer, activation)
+    for value, key in zip(found, ("curvature", "curvature_derivative")):
+        value = value[1] if stacked else value
+        assert value.item() == pytest.approx(golden[key], abs=1e-8)
+
+
+def test_curvature_along_is_that_of_finite_differences(case, activation):
+    """κ from differences of the curve, dκ/dt from differences of κ along the same curve."""
+    weights, x, _, _, generators = case
+    weights, M = [w[0] for w in weights], 3 * generators[1]
+    h = activation(weights[0] @ x)
+
+    def gamma(t):
+        g = torch.linalg.matrix_exp(torch.tensor(t, dtype=torch.float64) * M)
+        return group_action(weights[2], weights[1], h, g, activation)
+
+    def kappa_at(t, step=1e-4):
+        before, here, after = gamma(t - step), gamma(t), gamma(t + step)
+        first = [(b - a) / (2 * step) for a, b in zip(before, after)]
+        second = [(a - 2 * m + b) / step**2 for a, m, b in zip(before, here, after)]
+        return curvature(first, second)
+
+    kappa, derivative = curvature_along(weights, x, M, 1, activation)
+    torch.testing.assert_close(kappa_at(0), kappa, rtol=1e-5, atol=0)
+    slope = (kappa_at(1e-3) - kappa_at(-1e-3)) / 2e-3
+    torch.testing.assert_close(slope, derivative, rtol=1e-3, atol=0)
+
+
+def test_curvature_along_needs_a_batch_as_large_as_the_layer(case, activation):
+    weights, x, _, _, generators = case
+    with pytest.raises(ValueError, match="a batch of 4 is smaller than the layer, 5"):
+        curvature_along(weights, x[:, :4], generators[1], 1, activation)
+
+
+def test_sharpness_gradient_is_autograds(case, activation):
+    weights, x, y, directions, _ = case
+    leaves = [w.clone().requires_grad_() for w in weights]
+    phi = sharpness(leaves, x, y, directions, activation)
+    expected = torch.autograd.grad(phi.sum(), leaves)
+    blocks = [[d[:2] for d in directions], [d[2:] for d in directions]]
+    found = sharpness_and_gradient(weights, x, y, blocks, activation)
+    torch.testing.assert_close(found, (phi.detach(), list(expected)))
+
+
+def test_sharpness_gradient_does_not_depend_on_the_chunk(case, activation, monkeypatch):
+    weights, x, y, directions, _ = case
+    whole = sharpness_and_gradient(weights, x, y, [directions], activation)
+    monkeypatch.setattr(teleportation, "CHUNK", 1)
+    torch.testing.assert_close(
+        sharpness_and_gradient(weights, x, y, [directions], activation), whole
+    )
+
+
+@pytest.mark.parametrize("sign", [-1, 1], ids=["decrease", "increase"])
+def test_a_sharpness_teleport_moves_sharpness(case, activation, sign):
+    weights, x, y, directions, _ = case
+    blocks = [directions]
+
+    def objective(weights, x):
+        phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
+        return cross_entropy(weights, x, y, activation), phi, gradient
+
+    _, path = ascend(objective, weights, x, sign * 1e-3, 3, activation)
+    assert (sign * path["objective"].diff(dim=0) > 0).all()
+
+
+def test_a_stack_teleports_in_sharpness_as_its_members_do_alone(case, activation):
+    weights, x, y, *_ = case
+    lr, stop = torch.tensor([-0.1, 0.1, 0.1]).double(), torch.tensor([9, 9, 0.0])
+    options = {"steps": 2, "radii": [0.5, 1.0], "number": 3, "seed": 4, "activation": activation}
+    moved = teleport_sharpness(weights, x, y, lr, stop=stop, **options)
+    for run in range(3):
+        alone = [w[run] for w in weights]
+        expected = teleport_sharpness(alone, x, y, float(lr[run]), stop=stop[run], **options)
+        torch.testing.assert_close([w[run] for w in moved], expected)
+    torch.testing.assert_close([w[2] for w in moved], [w[2] for w in weights])  # above its stop
+
+
+def test_a_curvature_teleport_moves_curvature_with_the_sign_of_each_run(case, activation):
+    weights, x, _, _, generators = case
+    x, M = x[:, :5], 3 * generators[1]  # as many as the layer: the outputs are kept
+    lr = torch.tensor([1e-4, -1e-4, 1e-4]).double()
+    before, _ = curvature_along(weights, x, M, 1, activation)
+    moved, g = teleport_curvature(weights, x, lr, [M, M], activation)
+    after, _ = curvature_along(moved, x, M, 1, activation)
+    assert ((after - before).sign() == lr.sign()).all()
+    torch.testing.assert_close(moved[0], weights[0])
+    torch.testing.assert_close(moved[1], g @ weights[1])
+    for run in range(3):
+        alone, _ = teleport_curvature([w[run] for w in weights], x, lr[run], [M, M], activation)
+        torch.testing.assert_close([w[run] for w in moved], alone)

@@ -1,0 +1,437 @@
+"""Teleporting within SGD, AdaGrad, momentum, RMSprop and Adam: Figures 5 and 13, with controls.
+
+    python teleport_optimization.py                          # MNIST, all optimizers
+    python teleport_optimization.py --sample                 # the same on the shipped sample
+    python teleport_optimization.py --optimizer AdaGrad --dataset CIFAR10
+
+Before each of the first mini-batches of one epoch the weights are teleported to a larger gradient.
+The published code also builds a new optimizer there, which empties its state. So there are arms:
+
+    plain       no teleports
+    teleport    as published: teleports, each followed by a new optimizer
+    reset       a new optimizer at the same moments, no teleports
+    kept        teleports that keep the optimizer's state
+    random      moves as long as the teleports', in a random direction of the orbit; new optimizer
+
+An optimizer's runs of all arms train side by side as two stacks, one that keeps its state and one
+that rebuilds it. Results go to logs/optimization/; an interrupted run goes on from there.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from data import load_data, shuffled_batch
+from init_directory import (
+    UserError,
+    add_common_options,
+    at_least,
+    figures_folder,
+    load,
+    paired_difference,
+    run,
+    save,
+    save_figure,
+    save_text,
+)
+from models import MLP, LeakyReLU, evaluate, init_weights, train_epoch
+from teleportation import (
+    act,
+    loss_and_gradient_norm_squared,
+    random_group_elements,
+    teleport,
+)
+
+WIDTHS = {
+    "MNIST": (784, 16, 10, 10),
+    "FashionMNIST": (784, 16, 10, 10),
+    "CIFAR10": (3072, 128, 32, 10),
+}
+
+
+class Experiment(NamedTuple):
+    """An optimizer, and when and how far it teleports."""
+
+    optimizer: Callable  # of the parameters
+    epoch: int  # index of the epoch that begins with teleports
+    lr: float  # of the ascent on T
+
+
+EXPERIMENTS = {
+    "SGD": Experiment(lambda p: torch.optim.SGD(p, lr=1e-2), 2, 1e-4),
+    "AdaGrad": Experiment(lambda p: torch.optim.Adagrad(p, lr=1e-2, fused=True), 2, 1e-4),
+    "momentum": Experiment(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), 0, 5e-2),
+    "RMSprop": Experiment(lambda p: torch.optim.RMSprop(p, lr=1e-4), 0, 5e-2),
+    "Adam": Experiment(lambda p: torch.optim.Adam(p, lr=1e-4, fused=True), 0, 5e-2),
+}
+TELEPORTS = 8  # before so many mini-batches, the first of the epoch
+STEPS = 10  # of ascent in each teleport
+CAP = 100.0  # a teleport stops where |∇L|² is larger
+TELEPORT_BATCH = 200  # training images, drawn anew for each teleport
+BATCH = 20
+DEFAULTS = {"runs": 20, "epochs": 40}  # published: 5 runs of the arms plain and teleport
+SEED = 54321  # run i has the seed (i + 1) * SEED
+
+# the arms of each stack: one keeps the optimizer's state, the other rebuilds it at every move
+STACKS = {"kept": ("plain", "kept"), "rebuilt": ("teleport", "reset", "random")}
+ARMS = [arm for arms in STACKS.values() for arm in arms]
+CURVES = ("train_loss", "test_loss", "test_accuracy")
+EPOCHS_SHOWN = (5, 10, 40)  # in the table
+COLOURS = {"plain": "black", "teleport": "C0", "reset": "C1", "kept": "C2", "random": "C3"}
+
+
+@torch.no_grad()
+def move(weights, arms, data, k, lr):
+    """Give each arm of a stack its k-th move along the orbit, in place.
+
+    weights: [arms, runs, d_{m+1}, d_m]. Returns for each arm loss and |∇L|² before the move and
+    after it, on the teleport's batch: [arms, 4, runs]; and the seconds of the moves: [arms].
+    """
+    x, y = shuffled_batch(data, TELEPORT_BATCH, k)
+    activation, group_elements = LeakyReLU(), None
+    measured, seconds = [], []
+    for i, arm in enumerate(arms):
+        new = own = [w[i].clone() for w in weights]
+        start = time.perf_counter()
+        if arm in ("teleport", "kept"):
+            new, path = teleport(own, x, y, lr, STEPS, activation, CAP, return_path=True)
+            group_elements = path["group_elements"]
+        elif arm == "random":
+            generator = torch.Generator().manual_seed(SEED + k)
+            new = act(own, x, random_group_elements(group_elements, generator), activation)
+        seconds.append(time.perf_counter() - start)
+        for w, moved in zip(weights, new):
+            w[i] = moved
+        before, after = (loss_and_gradient_norm_squared(w, x, y, activation) for w in (own, new))
+        measured.append(torch.stack([*before, *after]))
+    return torch.stack(measured), torch.tensor(seconds)
+
+
+def train_epoch_with_moves(model, arms, data, experiment, optimizer, rebuild):
+    """Train as train_epoch does, with a move before each of the first mini-batches.
+
+    Returns the mean training loss [arms, runs], the optimizer, what `move` measured:
+    [TELEPORTS, arms, 4, runs], and the moves' seconds: [arms].
+    """
+    x, y = data.x_train, data.y_train
+    starts = [k * BATCH for k in range(TELEPORTS)]
+    loss, measured, seconds = 0, [], 0
+    for k, (first, last) in enumerate(pairwise([*starts, TELEPORTS * BATCH, len(x)])):
+        if k < TELEPORTS:
+            result = move(model.weights, arms, data, k, experiment.lr)
+            measured.append(result[0])
+            seconds = seconds + result[1]
+            if rebuild:
+                optimizer = experiment.optimizer(model.parameters())
+        part = train_epoch(model, x[first:last], y[first:last], optimizer, BATCH)
+        loss = loss + part * math.ceil((last - first) / BATCH)
+    return loss / math.ceil(len(x) / BATCH), optimizer, torch.stack(measured), seconds
+
+
+def state_arrays(optimizer):
+    """Return an optimizer's state as {name: array}."""
+    return {
+        f"state {i} {key}": value.cpu()
+        for i, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if torch.is_tensor(value)
+    }
+
+
+def restore(optimizer, arrays):
+    """Give an optimizer the state that `state_arrays` returned."""
+    state = {}
+    for name, value in arrays.items():
+        if name.startswith("state "):
+            _, i, key = name.split()
+            state.setdefault(int(i), {})[key] = torch.tensor(value)
+    if state:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def train_stack(data, widths, experiment, stack, runs, epochs, path, settings, bar):
+    """Train the arms of a stack with an optimizer; resume from `path`.
+
+    Returns the arrays saved there: train_loss, test_loss, test_accuracy [epochs, arms, runs];
+    seconds [epochs] of training, without the moves; `moves` [TELEPORTS, arms, 4, runs] and
+    move_seconds [arms] as train_epoch_with_moves gives them; and what a resumed run needs, the
+    weights and the optimizer's state. Raises UserError where a loss is not finite or a teleport
+    meets a matrix that it can't invert.
+    """
+    activation, device, arms = LeakyReLU(), data.x_train.device, STACKS[stack]
+    state = load(path, settings)
+    if state is None:
+        weights = init_weights(widths, [(i + 1) * SEED for i in range(runs)])
+        weights = [w.expand(len(arms), *w.shape).clone() for w in weights]
+        none = np.empty((0, len(arms), runs), np.float32)
+        state = {"seconds": np.empty(0), **dict.fromkeys(CURVES, none)}
+    else:
+        weights = [torch.tensor(state[f"W{m}"]) for m in range(len(widths) - 1)]
+    model = MLP([w.to(device) for w in weights], activation)
+    optimizer = experiment.optimizer(model.parameters())
+    restore(optimizer, state)
+    bar.update(len(state["seconds"]))
+    for epoch in range(len(state["seconds"]), epochs):
+        start = time.perf_counter()
+        try:
+            if epoch == experiment.epoch:
+                loss, optimizer, moves, seconds = train_epoch_with_moves(
+                    model, arms, data, experiment, optimizer, rebuild=stack == "rebuilt"
+                )
+                state |= {"moves": moves.cpu(), "move_seconds": seconds}
+                start += float(seconds.sum())
+            else:
+                loss = train_epoch(model, data.x_train, data.y_train, optimizer, BATCH)
+        except (FloatingPointError, ValueError) as error:
+            raise UserError(f"{path.stem}, epoch {epoch}: {error}.") from None
+        state["seconds"] = np.append(state["seconds"], time.perf_counter() - start)
+        test = evaluate(list(model.weights), data.x_test, data.y_test, activation)
+        for curve, value in zip(CURVES, (loss, *test)):
+            state[curve] = np.concatenate([state[curve], value[None].detach().cpu()])
+        state |= {f"W{m}": w.detach().cpu() for m, w in enumerate(model.weights)}
+        state |= state_arrays(optimizer)
+        save(path, settings, **state)
+        bar.update()
+    return state
+
+
+def measure(name, optimizer, args):
+    """Return an optimizer's results on a dataset over all ARMS, from logs/ or computed.
+
+    Those are train_loss, test_loss, test_accuracy [epochs, arms, runs], seconds [epochs, arms],
+    after which an arm's runs, trained as one stack, end each epoch, and moves
+    [TELEPORTS, arms, 4, runs]. Raises UserError where args.plot_only leaves results missing.
+    """
+    experiment, widths = EXPERIMENTS[optimizer], WIDTHS[name]
+    folder = Path(args.output) / "logs" / "optimization"
+    folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
+    settings = {
+        "dataset": name,
+        "sample": args.sample,
+        "widths": widths,
+        "optimizer": optimizer,
+        "teleport": [experiment.epoch, experiment.lr, TELEPORTS, STEPS, CAP, TELEPORT_BATCH],
+        "seed": SEED,
+        "batch": BATCH,
+        "epochs": args.epochs,
+        "runs": args.runs,
+        "device": args.device.type,
+    }
+    data = None if args.plot_only else load_data(name, args)
+    states = []
+    total = 0 if args.plot_only else len(STACKS) * args.epochs
+    with tqdm(total=total, unit="epoch", desc=f"{name}: {optimizer}", disable=not total) as bar:
+        for stack in STACKS:
+            path = folder / f"{optimizer}-{stack}.npz"
+            about = settings | {"stack": stack}
+            if args.plot_only:
+                state = load(path, about)
+                if state is None or len(state["seconds"]) < args.epochs:
+                    raise UserError(f"{path} is not finished: run without --plot-only first.")
+            else:
+                state = train_stack(
+                    data, widths, experiment, stack, args.runs, args.epochs, path, about, bar
+                )
+            states.append(state)
+    result = {
+        key: np.concatenate([state[key] for state in states], axis=1) for key in (*CURVES, "moves")
+    }
+    # all arms together take so long: each has an equal share, and its own moves' seconds
+    training = sum(state["seconds"] for state in states).cumsum()[:, None] / len(ARMS)
+    result["move_seconds"] = np.concatenate([state["move_seconds"] for state in states])
+    moved = np.arange(args.epochs)[:, None] >= experiment.epoch
+    return result | {"seconds": training + moved * result["move_seconds"]}
+
+
+def reach(test_loss, seconds, target):
+    """Return when runs first have a test loss of `target` [runs] or less.
+
+    test_loss: [epochs, runs], seconds: [epochs]. Counts the runs that do, and gives the median over
+    them of the epochs and the seconds until then.
+    """
+    reached = test_loss <= target
+    epochs = 1 + reached.argmax(0)[reached.any(0)]
+    if not len(epochs):
+        return {"runs": 0, "epochs": None, "seconds": None}
+    return {
+        "runs": len(epochs),
+        "epochs": float(np.median(epochs)),
+        "seconds": round(float(np.median(seconds[epochs - 1])), 2),
+    }
+
+
+def summarise(result):
+    """Return what summary.json says of an optimizer, for each arm.
+
+    That is its mean test loss at the epochs EPOCHS_SHOWN with the paired differences to plain and
+    to reset over runs, when it reaches plain's final test loss, and the cost of its moves.
+    """
+    epochs = len(result["test_loss"])
+    loss = {arm: result["test_loss"][:, i].astype(float) for i, arm in enumerate(ARMS)}
+    summary = {}
+    for i, arm in enumerate(ARMS):
+        at = {
+            epoch: {
+                "test_loss": float(loss[arm][epoch - 1].mean()),
+                "minus_plain": paired_difference(loss[arm][epoch - 1], loss["plain"][epoch - 1]),
+                "minus_reset": paired_difference(loss[arm][epoch - 1], loss["reset"][epoch - 1]),
+            }
+            for epoch in sorted({min(epoch, epochs) for epoch in EPOCHS_SHOWN})
+        }
+        before_loss, before_norm, after_loss, after_norm = result["moves"][:, i].swapaxes(0, 1)
+        summary[arm] = {
+            "after_epoch": at,
+            "reaches_plains_final_loss": reach(
+                loss[arm], result["seconds"][:, i], loss["plain"][-1]
+            ),
+            "seconds_of_moves": round(float(result["move_seconds"][i]), 3),
+            "moves_mean_change_of_loss": float((after_loss - before_loss).mean()),
+            "moves_mean_growth_of_gradient_norm_squared": float((after_norm / before_norm).mean()),
+        }
+    return summary
+
+
+def plot_band(axes, x, values, **style):
+    """Plot the mean over runs of values: [epochs, runs], with a band of a standard deviation."""
+    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    (line,) = axes.plot(x, mean, **style)
+    axes.fill_between(
+        x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, lw=0
+    )
+
+
+def draw_losses(result, against, title, path):
+    """Draw Figure 5 (against epochs) or 13 (against seconds): training dashed, test solid."""
+    axes = Figure(figsize=(4.2, 3.2)).add_subplot(title=title, ylabel="loss", yscale="log")
+    for arm in ("plain", "teleport"):
+        i, colour = ARMS.index(arm), COLOURS[arm]
+        x = result["seconds"][:, i] if against == "time" else 1 + np.arange(len(result["seconds"]))
+        label = "with teleport" if arm == "teleport" else "without teleport"
+        plot_band(
+            axes, x, result["train_loss"][:, i], color=colour, ls="--", label=f"{label}, train"
+        )
+        plot_band(axes, x, result["test_loss"][:, i], color=colour, label=f"{label}, test")
+    axes.set_xlabel("epoch" if against == "epoch" else "time (s)")
+    axes.legend(fontsize="small")
+    save_figure(axes.figure, path)
+
+
+def draw_arms(result, title, path):
+    """Draw the test loss of all arms, and how far it is from plain's, paired over runs."""
+    figure = Figure(figsize=(8.4, 3.2))
+    losses, differences = figure.subplots(1, 2)
+    epochs = 1 + np.arange(len(result["test_loss"]))
+    plain = result["test_loss"][:, ARMS.index("plain")]
+    for i, arm in enumerate(ARMS):
+        loss = result["test_loss"][:, i]
+        losses.plot(epochs, loss.mean(1), color=COLOURS[arm], label=arm)
+        rows = [paired_difference(*pair) for pair in zip(loss, plain)]
+        mean, low, high = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
+        differences.plot(epochs, mean, color=COLOURS[arm])
+        differences.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.2, lw=0)
+    losses.set(title=title, xlabel="epoch", ylabel="test loss", yscale="log")
+    differences.set(title="difference to plain, 95 % interval", xlabel="epoch")
+    losses.legend(fontsize="small")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_moves(result, title, path):
+    """Draw |∇L|² and the loss on each teleport's batch before and after it, means over runs."""
+    figure = Figure(figsize=(8.4, 3.2))
+    for axes, quantity, label in zip(figure.subplots(1, 2), (1, 0), (r"$|\nabla L|^2$", "loss")):
+        for arm in ("teleport", "kept", "random"):
+            values = result["moves"][:, ARMS.index(arm)].mean(-1)  # [teleports, 4]
+            # each teleport is a line from before to after; the batch and SGD's step lie between
+            for k, (before, after) in enumerate(values[:, [quantity, quantity + 2]]):
+                label_once = {"label": arm} if k == 0 else {}
+                axes.plot([k + 1, k + 1.6], [before, after], ".-", color=COLOURS[arm], **label_once)
+        axes.set(xlabel="teleport, before and after", ylabel=label, title=title)
+        axes.set_xticks(range(1, TELEPORTS + 1))
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def table(summary):
+    """Return the test losses and their paired differences as Markdown."""
+
+    def interval(d, digits):
+        return f"{d['mean']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
+
+    epochs = list(next(iter(next(iter(summary.values())).values()))["after_epoch"])
+    lines = [
+        "| optimizer | arm | "
+        + " | ".join(f"test loss, epoch {e} | − plain | − reset" for e in epochs)
+        + " | reaches plain's final loss: runs, epochs, s | moves, s |",
+        "|---" * (4 + 3 * len(epochs)) + "|",
+    ]
+    for optimizer, arms in summary.items():
+        for arm, entry in arms.items():
+            cells = [optimizer, arm]
+            for at in entry["after_epoch"].values():
+                cells += [f"{at['test_loss']:.4f}"]
+                cells += [interval(at[key], 4) for key in ("minus_plain", "minus_reset")]
+            reached = entry["reaches_plains_final_loss"]
+            cells += [f"{reached['runs']}, {reached['epochs']}, {reached['seconds']}"]
+            cells += [f"{entry['seconds_of_moves']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", choices=WIDTHS, default="MNIST", help="which data")
+    add(
+        "--optimizer",
+        nargs="+",
+        choices=EXPERIMENTS,
+        default=list(EXPERIMENTS),
+        help="which optimizers",
+    )
+    add("--runs", type=at_least(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
+    add(
+        "--epochs",
+        type=at_least(3),
+        default=DEFAULTS["epochs"],
+        help="passes over the training images",
+    )
+    add_common_options(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    folder = figures_folder(args, "optimization", DEFAULTS)
+    summary = {}
+    for optimizer in args.optimizer:
+        result = measure(args.dataset, optimizer, args)
+        summary[optimizer] = summarise(result)
+        title, path = f"{args.dataset}, {optimizer}", folder / f"{args.dataset}_{optimizer}"
+        for against in ("epoch", "time"):
+            draw_losses(result, against, title, f"{path}_loss_vs_{against}")
+        draw_arms(result, title, f"{path}_arms")
+        draw_moves(result, title, f"{path}_teleports")
+    about = {"dataset": args.dataset, "runs": args.runs, "epochs": args.epochs}
+    text = json.dumps(about | {"optimizers": summary}, indent=1)
+    save_text(folder / f"{args.dataset}_summary.json", text + "\n")
+    save_text(folder / f"{args.dataset}_table.md", table(summary))
+    print(f"\n{table(summary)}\nFigures, summary and table are in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)
