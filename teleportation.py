@@ -334,11 +334,12 @@ def teleport_sharpness(
 
 
 @torch.no_grad()
-def teleport_curvature(weights, x, lr, generators, activation, layer=1):
+def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=float("inf")):
     """Teleport to another curvature: a step t = lr dκ/dt along exp(tM) for each M of `generators`.
 
     The action is on the pair `layer` alone. generators: M: [d, d], one for each step, shared by
-    all runs; lr: a number or a tensor that broadcasts over the runs, negative to decrease κ.
+    all runs; lr: a number or a tensor that broadcasts over the runs, negative to decrease κ. A step
+    is cut where |tM|_F is above `longest`: exp(tM) soon outgrows the precision of a pseudoinverse.
     Returns the new weights and the product of the steps' group elements: [..., d, d].
     """
     weights, total = list(weights), torch.eye(weights[layer].shape[-2]).to(x)
@@ -347,7 +348,9 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1):
         h = activation(w @ h)
     for M in generators:
         _, derivative = curvature_along(weights, x, M, layer, activation)
-        g = torch.linalg.matrix_exp((lr * derivative)[..., None, None] * M)
+        most = longest / M.norm()
+        t = (lr * derivative).clamp(-most, most)
+        g = torch.linalg.matrix_exp(t[..., None, None] * M)
         V, U = weights[layer : layer + 2]
         weights[layer + 1], weights[layer] = group_action(U, V, h, g, activation)
         total = g @ total

@@ -453,3 +453,12 @@ def test_a_curvature_teleport_moves_curvature_with_the_sign_of_each_run(case, ac
     for run in range(3):
         alone, _ = teleport_curvature([w[run] for w in weights], x, lr[run], [M, M], activation)
         torch.testing.assert_close([w[run] for w in moved], alone)
+
+
+def test_a_step_in_curvature_is_no_longer_than_the_longest(case, activation):
+    weights, x, _, _, generators = case
+    M = generators[1]
+    _, g = teleport_curvature(weights, x[:, :5], 1e9, [M], activation, longest=0.5)
+    for member in g:
+        ends = [torch.linalg.matrix_exp(t * M) for t in (-0.5, 0.5)]  # |M| = 1
+        assert any(torch.allclose(member, end) for end in ends)
