@@ -358,6 +358,7 @@ def draw_moves(result, title, path):
                 axes.plot([k + 1, k + 1.6], [before, after], ".-", color=COLOURS[arm], **label_once)
         axes.set(xlabel="teleport, before and after", ylabel=label, title=title)
         axes.set_xticks(range(1, TELEPORTS + 1))
+        axes.set_yscale("log" if quantity == 1 else "linear")
     axes.legend(fontsize="small")
     figure.tight_layout()
     save_figure(figure, path)

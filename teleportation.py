@@ -4,6 +4,7 @@ Shapes are those of models.py: W[m]: [..., d_{m+1}, d_m], activations [..., d, n
 sample; leading dimensions are runs. Equation numbers are the paper's.
 """
 
+import warnings
 from math import comb
 
 import torch
@@ -14,26 +15,31 @@ CHUNK = 400_000  # first-layer activations of perturbed networks in flight at on
 
 
 def pseudoinverse(h):
-    """Return h^+ [..., n, d] of matrices h: [..., d, n] of full rank, through a QR decomposition.
+    """Return h^+ [..., n, d] of matrices h: [..., d, n], through a QR decomposition.
 
-    That is some ten times as fast as torch.linalg.pinv's singular values, and as accurate.
-    Raises ValueError, naming the member, where a matrix is not finite or not of full rank.
+    That is some ten times as fast as torch.linalg.pinv's singular values, and as accurate for
+    matrices of full rank. A member of less rank is named in a warning, and torch.linalg.pinv cuts
+    its small singular values off. Raises ValueError, naming the member, where one is not finite.
     """
     d, n = h.shape[-2:]
     if n < d:
         return pseudoinverse(h.mT).mT
     q, r = torch.linalg.qr(h.mT)  # h = r^T q^T
+    inverse = torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
     diagonal = r.diagonal(dim1=-2, dim2=-1).abs()
-    # written so that nan counts as bad
-    bad = ~(diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1))
-    if bad.any():
-        member = bad.nonzero()[0].tolist()
-        what = "of full rank" if h[tuple(member)].isfinite().all() else "finite"
-        raise ValueError(
-            f"the hidden activations [{d}, {n}] of run {member} are not {what}, "
-            "so their pseudoinverse does not undo them"
+    # written so that nan counts as deficient
+    deficient = ~(diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1))
+    if deficient.any():
+        members = deficient.nonzero().tolist()
+        if not h[deficient].isfinite().all():
+            raise ValueError(f"the activations [{d}, {n}] of a run among {members} are not finite")
+        warnings.warn(
+            f"the activations [{d}, {n}] of runs {members} are not of full rank: "
+            "the group action keeps only a part of what they carry",
+            stacklevel=2,
         )
-    return torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
+        inverse[deficient] = torch.linalg.pinv(h[deficient])
+    return inverse
 
 
 def group_action(U, V, h, g, activation):
@@ -41,7 +47,7 @@ def group_action(U, V, h, g, activation):
 
     V: [..., d, d_in] acts on h: [..., d_in, n], U: [..., d_out, d] comes above it, g: [..., d, d].
     The pair's outputs on h are kept where σ(gVh) has full column rank, which needs n <= d;
-    elsewhere U' is the least-squares refit of them. Raises ValueError as `pseudoinverse` does.
+    elsewhere U' is the least-squares refit of them. Warns and raises as `pseudoinverse` does.
     """
     V_new = g @ V
     return U @ (activation(V @ h) @ pseudoinverse(activation(V_new @ h))), V_new
@@ -249,7 +255,7 @@ def curvature_along(weights, x, generator, layer, activation):
 
     The pseudoinverse action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
     [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
-    (n >= d); raises ValueError where they have not.
+    (n >= d); raises ValueError where n < d.
     """
     h = x
     for w in weights[:layer]:

@@ -7,27 +7,37 @@ The floor of a piece is the number of operations in its matrix products over the
 matrix product, measured in the same run. Data are made up: the time does not depend on them.
 """
 
+import math
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import correlation  # noqa: E402
-from data import Dataset  # noqa: E402
-from models import LeakyReLU, init_weights, train_epoch_sgd  # noqa: E402
-from teleportation import estimate  # noqa: E402
+import teleport_optimization  # noqa: E402
+import teleport_sharpness_curvature  # noqa: E402
+from models import MLP, LeakyReLU, init_weights, train_epoch, train_epoch_sgd  # noqa: E402
+from teleportation import (  # noqa: E402
+    curvature_along,
+    estimate,
+    teleport,
+    teleport_sharpness,
+)
 
 
 class Row(NamedTuple):
     """What was measured of a piece."""
 
     seconds: float
-    operations: float  # floating-point operations of the matrix products
+    operations: float  # floating-point operations of the matrix products; nan: it has none
     limit: float | None = None  # seconds that the piece should stay under
 
 
@@ -48,28 +58,26 @@ def matmul_rate(n=3000):
     return 2 * n**3 / best_seconds(lambda: a @ b, repeats=5)
 
 
-def made_up(name, count):
-    d = correlation.EXPERIMENTS[name].widths[0]
-    x, y = torch.rand(count, d), torch.randint(10, (count,))
-    return Dataset(name, x, y, x[:0], y[:0])
-
-
 def connections(widths):
+    """Return the number of weights: the multiplications of a forward pass of one image."""
     return sum(a * b for a, b in zip(widths, widths[1:]))
+
+
+def training_products(widths):
+    """Return an image's multiplications: forward, backward but for the inputs, and gradients."""
+    return 3 * connections(widths) - widths[0] * widths[1]
 
 
 def sgd(name, images, limit):
     """Training of Table 1's 100 networks for 40 epochs, from the time of `images` images."""
-    widths, lr, _, stack, _ = correlation.EXPERIMENTS[name]
-    data = made_up(name, images)
+    experiment = correlation.EXPERIMENTS[name]
+    widths, stack = experiment.widths, experiment.stack
+    x, y = torch.rand(images, widths[0]), torch.randint(10, (images,))
     weights = init_weights(widths, range(stack))
     scale = 100 / stack * 40 * 50_000 / images
-    seconds = best_seconds(
-        lambda: train_epoch_sgd(weights, data.x_train, data.y_train, lr, LeakyReLU())
-    )
-    # forward, the weights' gradients, and backward but for the first layer
-    products = 3 * connections(widths) - widths[0] * widths[1]
-    return Row(scale * seconds, scale * 2 * images * stack * products, limit)
+    seconds = best_seconds(lambda: train_epoch_sgd(weights, x, y, experiment.lr, LeakyReLU()))
+    operations = 2 * images * stack * training_products(widths)
+    return Row(scale * seconds, scale * operations, limit)
 
 
 def estimators(name, limit=None):
@@ -79,10 +87,67 @@ def estimators(name, limit=None):
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     stacks = [init_weights(widths, range(experiment.stack)) for _ in range(100 // experiment.stack)]
     seconds = best_seconds(lambda: estimate(stacks, x, y, experiment.radii, 0, LeakyReLU()))
-    first = widths[0] * widths[1]
-    forward = connections(widths)
-    products = 100 * forward + k * first + 100 * k * (forward - first)
-    return Row(seconds, 2 * n * products, limit)
+    first, above = widths[0] * widths[1], connections(widths[1:])
+    phi = 100 * first + k * first + 100 * k * above
+    # γ' and γ'': for each pair M h and M² h, and their products with h^+ (n inputs, or d)
+    psi = 100 * sum(2 * d * d + 2 * d * fan_in for fan_in, d in zip((n, *widths[1:]), widths[1:-1]))
+    return Row(seconds, 2 * n * (phi + psi), limit)
+
+
+def epoch(optimizer, runs=5, images=10_000):
+    """An epoch on MNIST of a stack of runs with an optimizer, from the time of `images` images."""
+    widths = teleport_optimization.WIDTHS["MNIST"]
+    x, y = torch.rand(images, widths[0]), torch.randint(10, (images,))
+    model = MLP(init_weights(widths, range(runs)), LeakyReLU())
+    optimizer = teleport_optimization.EXPERIMENTS[optimizer].optimizer(model.parameters())
+    seconds = best_seconds(lambda: train_epoch(model, x, y, optimizer))
+    scale = 50_000 / images
+    return Row(scale * seconds, scale * 2 * images * runs * training_products(widths))
+
+
+def gradient_teleport(name, limit, runs=5, steps=10, n=200):
+    """A teleport of a stack of runs to a larger gradient."""
+    widths = teleport_optimization.WIDTHS[name]
+    x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
+    weights = init_weights(widths, range(runs))
+    seconds = best_seconds(lambda: teleport(weights, x, y, 1e-4, steps, LeakyReLU()))
+    # once: Q of n inputs, W_0 Q and g W_0; a step is about nine forward passes of n inputs
+    once = 2 * n**2 * widths[0] + runs * widths[0] * widths[1] * (n + widths[1])
+    step = 9 * runs * n * connections((n, *widths[1:]))
+    return Row(seconds, 2 * (once + steps * step), limit)
+
+
+def sharpness_step(name, runs, limit):
+    """A step of a stack of runs in sharpness, 900 directions, on a batch of 2,000."""
+    script = teleport_sharpness_curvature
+    widths, n = script.EXPERIMENTS[name].widths, script.TELEPORT_BATCH
+    x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
+    weights = init_weights(widths, range(runs))
+    draws = script.RADII, script.DIRECTIONS, 0, LeakyReLU()
+    # the path has one evaluation more than steps
+    seconds = best_seconds(lambda: teleport_sharpness(weights, x, y, 1e-2, 1, *draws), 2) / 2
+    products = widths[0] * widths[1] + runs * 3 * connections(widths[1:])
+    return Row(seconds, 2 * n * len(script.RADII) * script.DIRECTIONS * products, limit)
+
+
+def curvature_step(limit, runs=5):
+    """κ and dκ/dt of a stack of MNIST's networks on a batch of 2,000."""
+    script = teleport_sharpness_curvature
+    widths, n = script.EXPERIMENTS["MNIST"].widths, script.TELEPORT_BATCH
+    x, M = torch.rand(widths[0], n), torch.rand(widths[2], widths[2])
+    weights = init_weights(widths, range(runs))
+    seconds = best_seconds(lambda: curvature_along(weights, x, M, script.PAIR, LeakyReLU()))
+    # V h, three times M z, the pseudoinverse, and ten products among a and its derivatives
+    products = connections(widths[:3]) + 14 * widths[2] ** 2
+    return Row(seconds, 2 * n * runs * products, limit)
+
+
+def figure_7(limit):
+    """displacement_integration.py from a cold start, into a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "displacement_integration.py", "--output", folder]
+        seconds = best_seconds(lambda: subprocess.run(command, check=True))
+    return Row(seconds, math.nan, limit)
 
 
 ROWS = {
@@ -90,6 +155,18 @@ ROWS = {
     "SGD, CIFAR-10: 100 runs, 40 epochs": lambda: sgd("CIFAR10", 5_000, limit=3900),
     "φ and ψ, MNIST: 100 networks, one batch": lambda: estimators("MNIST", limit=0.25),
     "φ and ψ, CIFAR-10: 100 networks, one batch": lambda: estimators("CIFAR10"),
+    "Figure 7": lambda: figure_7(limit=3),
+    **{
+        f"{name}, MNIST: 5 runs, an epoch": lambda name=name: epoch(name)
+        for name in teleport_optimization.EXPERIMENTS
+    },
+    "teleport, MNIST: 5 runs, 10 steps": lambda: gradient_teleport("MNIST", limit=0.04),
+    "teleport, CIFAR-10: 5 runs, 10 steps": lambda: gradient_teleport("CIFAR10", limit=0.25),
+    "sharpness, MNIST: 1 run, a step": lambda: sharpness_step("MNIST", 1, limit=0.5),
+    "sharpness, MNIST: 5 runs, a step": lambda: sharpness_step("MNIST", 5, limit=1),
+    "sharpness, CIFAR-10: 1 run, a step": lambda: sharpness_step("CIFAR10", 1, limit=3),
+    "sharpness, CIFAR-10: 5 runs, a step": lambda: sharpness_step("CIFAR10", 5, limit=5),
+    "curvature, MNIST: 5 runs, κ and dκ/dt": lambda: curvature_step(limit=0.1),
 }
 
 

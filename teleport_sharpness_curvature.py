@@ -1,0 +1,494 @@
+"""Teleporting to another sharpness or curvature, and what it does to the test loss: Figure 4.
+
+    python teleport_sharpness_curvature.py                     # CIFAR-10, as published
+    python teleport_sharpness_curvature.py --dataset MNIST     # its twins
+    python teleport_sharpness_curvature.py --sample            # on the shipped sample
+
+Networks train by SGD. At the start of epoch index 20 they are teleported, once before each of the
+first mini-batches, and go on with SGD. The arms, all runs of which train as one stack:
+
+    plain                                       SGD alone
+    sharpness decrease, sharpness increase      teleports on the mean perturbed loss
+    curvature decrease, curvature increase      teleports on κ along exp(tM), M random
+    random, random in one pair                  moves as long as those of sharpness decrease and of
+                                                curvature increase, in random directions
+    refit                                       the pseudoinverse action with g = I alone
+
+Runs differ in their initial weights, and share the teleports' batches and draws. Results go to
+logs/generalization/; an interrupted run goes on from there and ends with the same numbers.
+"""
+
+import argparse
+import json
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from data import load_data, shuffled_batch
+from init_directory import (
+    UserError,
+    add_common_options,
+    at_least,
+    figures_folder,
+    load,
+    paired_difference,
+    run,
+    save,
+    save_figure,
+    save_text,
+)
+from models import LeakyReLU, cross_entropy, evaluate, init_weights, train_epoch_sgd
+from teleportation import (
+    act,
+    curvature_along,
+    estimate,
+    random_directions,
+    random_group_elements,
+    sharpness,
+    teleport_curvature,
+    teleport_sharpness,
+)
+
+
+class Teleports(NamedTuple):
+    """How an arm teleports: how often, in how many steps, how far, and in which direction."""
+
+    number: int  # before so many mini-batches
+    steps: int
+    lr: float  # on T (sharpness) or t (curvature); negative to decrease
+
+
+class Experiment(NamedTuple):
+    """A dataset's networks and teleports."""
+
+    widths: tuple
+    lr: float  # SGD's learning rate
+    radii: np.ndarray  # of φ's estimate along training, as in Table 1
+    teleports: dict
+    title: str
+
+
+def teleports(sharpness_down, sharpness_up, curvature_down, curvature_up, ups=5):
+    """Return the arms' Teleports with these learning rates."""
+    return {
+        "sharpness decrease": Teleports(10, 10, -sharpness_down),
+        "sharpness increase": Teleports(2, 10, sharpness_up),
+        "curvature decrease": Teleports(5, 1, -curvature_down),
+        "curvature increase": Teleports(ups, 1, curvature_up),
+    }
+
+
+EXPERIMENTS = {
+    "CIFAR10": Experiment(
+        (3072, 32, 10, 10),
+        2e-2,
+        np.arange(0.0001, 0.02, 0.001),
+        teleports(5e-2, 5e-2, 5e-2, 2e-1, ups=10),
+        "CIFAR-10",
+    ),
+    "MNIST": Experiment(
+        (784, 16, 10, 10),
+        1e-2,
+        np.arange(0.001, 0.2, 0.01),
+        teleports(5e-2, 5e-2, 5e-2, 2e-1),
+        "MNIST",
+    ),
+    "FashionMNIST": Experiment(
+        (784, 16, 10, 10),
+        1e-2,
+        np.arange(0.0001, 0.02, 0.001),
+        teleports(3e-1, 1e-1, 3e-3, 5e-3),
+        "Fashion-MNIST",
+    ),
+}
+RUNS = 5
+EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
+MOVES = 10  # mini-batches before which some arm is teleported
+BATCH, TELEPORT_BATCH = 20, 2000
+RADII = np.arange(1, 10) / 10  # of the perturbations that sharpness teleports are made with
+DIRECTIONS = 100  # for each radius
+# the published objective is the sum of the 900 losses over 1,000: 0.9 φ, and it stops above 2.0
+PUBLISHED_SCALE, STOP = 0.9, 2.0
+MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
+LONGEST = 5.0  # |tM| of a step in curvature: exp(5) is what float32's pseudoinverses bear
+PAIR = 1  # the pair of layers that curvature teleports act on: the second
+SEED = 54321  # run i has the seed (i + 1) * SEED
+ESTIMATION_BATCHES, ESTIMATION_BATCH = 20, 200  # of φ and ψ along training
+
+ARMS = (
+    "plain",
+    "sharpness decrease",
+    "sharpness increase",
+    "curvature decrease",
+    "curvature increase",
+    "random",
+    "random in one pair",
+    "refit",
+)
+CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
+QUANTITIES = ("loss", "φ", "κ")
+CLAIMS = {  # of the paper: how the test loss changes
+    "sharpness decrease": "little",
+    "sharpness increase": "up",
+    "curvature decrease": "up",
+    "curvature increase": "down",
+}
+CONTROLS = {arm: "random" if "sharpness" in arm else "random in one pair" for arm in CLAIMS}
+EPOCHS_SHOWN = (21, 25, 40)
+COLOURS = dict(zip(ARMS, ("black", "C0", "C3", "C4", "C1", "C7", "C8", "C5")))
+
+
+def measured(weights, x, y, generator, k):
+    """Return loss, φ and κ of each network, [3, ...], on a batch, for the log of the k-th move.
+
+    Before a move and after it they are measured with the same draws.
+    """
+    activation = LeakyReLU()
+    widths = [len(x), *(w.shape[-2] for w in weights)]
+    draws = torch.Generator().manual_seed(SEED + k)
+    directions = random_directions(widths, np.repeat(RADII, MEASURED_DIRECTIONS), draws)
+    phi = sharpness(weights, x, y, [d.to(x) for d in directions], activation)
+    kappa, _ = curvature_along(weights, x, generator, PAIR, activation)
+    return torch.stack([cross_entropy(weights, x, y, activation), phi, kappa])
+
+
+def teleport_pair(weights, x, y, experiment, quantity, k, generator):
+    """Move both arms of a quantity, as one stack where both move at the k-th mini-batch.
+
+    Returns {arm: (weights, group elements of the pairs acted on)} for those that move.
+    """
+    activation = LeakyReLU()
+    arms = [a for a in CLAIMS if a.startswith(quantity) and k < experiment.teleports[a].number]
+    if not arms:
+        return {}
+    settings = [experiment.teleports[arm] for arm in arms]
+    stack = [torch.stack([w[ARMS.index(arm)] for arm in arms]) for w in weights]
+    lr = torch.tensor([s.lr for s in settings])[:, None].to(x)
+    if quantity == "sharpness":
+        # the published code stops at a large objective; a descent would not begin there
+        stop = torch.where(lr > 0, STOP / PUBLISHED_SCALE, math.inf)
+        lr = lr * PUBLISHED_SCALE
+        new, path = teleport_sharpness(
+            stack, x, y, lr, settings[0].steps, RADII, DIRECTIONS, k, activation, stop, True
+        )
+        elements = path["group_elements"]
+    else:
+        new, g = teleport_curvature(stack, x, lr, [generator], activation, PAIR, LONGEST)
+        elements = [g]
+    return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
+
+
+@torch.no_grad()
+def move(weights, data, experiment, k):
+    """Give each arm its k-th move, in place; weights: [arms, runs, d_{m+1}, d_m].
+
+    Returns loss, φ and κ before and after it on the teleport's batch and on a fresh one,
+    [arms, 2 batches, 2, 3, runs], and the seconds of the moves in sharpness and in curvature.
+    """
+    activation, d = LeakyReLU(), experiment.widths[PAIR + 1]
+    x, y = shuffled_batch(data, TELEPORT_BATCH, k)
+    batches = [(x, y), shuffled_batch(data, TELEPORT_BATCH, MOVES + k)]
+    draws = torch.Generator().manual_seed(SEED + k)
+    generator = torch.rand(d, d, generator=draws).to(x)
+    before = [measured(weights, *batch, generator, k) for batch in batches]
+
+    moved, seconds = {}, []
+    for quantity in ("sharpness", "curvature"):
+        start = time.perf_counter()
+        moved |= teleport_pair(weights, x, y, experiment, quantity, k, generator)
+        seconds.append(time.perf_counter() - start)
+    runs = weights[0].shape[1]
+    identities = [torch.eye(w.shape[-2]).to(x).repeat(runs, 1, 1) for w in weights[:-1]]
+    elements = {"refit": identities}
+    if "sharpness decrease" in moved:
+        elements["random"] = random_group_elements(moved["sharpness decrease"][1], draws)
+    if "curvature increase" in moved:
+        (drawn,) = random_group_elements(moved["curvature increase"][1], draws)
+        elements["random in one pair"] = [*identities[:PAIR], drawn, *identities[PAIR + 1 :]]
+    for arm, g in elements.items():
+        moved[arm] = act([w[ARMS.index(arm)] for w in weights], x, g, activation), g
+
+    for arm, (new, _) in moved.items():
+        for w, own in zip(weights, new):
+            w[ARMS.index(arm)] = own
+    after = [measured(weights, *batch, generator, k) for batch in batches]
+    both = torch.stack([torch.stack(pair) for pair in zip(before, after)])  # [2, 2, 3, arms, runs]
+    return both.permute(3, 0, 1, 2, 4), torch.tensor(seconds)
+
+
+def train_epoch_with_moves(weights, data, experiment):
+    """Train by SGD for an epoch, in place, with a move before each of the first mini-batches.
+
+    Returns the mean training loss [arms, runs], and what `move` returns with MOVES in front.
+    """
+    x, y, activation = data.x_train, data.y_train, LeakyReLU()
+    loss, measurements = 0, []
+    starts = [k * BATCH for k in range(MOVES + 1)]
+    for k, (first, last) in enumerate(pairwise([*starts, len(x)])):
+        if k < MOVES:
+            measurements.append(move(weights, data, experiment, k))
+        rows = slice(first, last)
+        part = train_epoch_sgd(weights, x[rows], y[rows], experiment.lr, activation, BATCH)
+        loss = loss + part * math.ceil((last - first) / BATCH)
+    moves, seconds = (torch.stack(column) for column in zip(*measurements))
+    return loss / math.ceil(len(x) / BATCH), moves, seconds
+
+
+def estimate_along(weights, data, experiment):
+    """Return φ and ψ [arms, runs], Table 1's estimates as means over ESTIMATION_BATCHES batches."""
+    stack = [w.flatten(0, 1) for w in weights]
+    rows = [
+        estimate(
+            [stack], *shuffled_batch(data, ESTIMATION_BATCH, k), experiment.radii, k, LeakyReLU()
+        )
+        for k in range(ESTIMATION_BATCHES)
+    ]
+    return [torch.stack(column).mean(0).view(weights[0].shape[:2]) for column in zip(*rows)]
+
+
+def train(data, experiment, runs, path, settings):
+    """Train all arms; resume from `path`.
+
+    Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch, `moves`
+    [MOVES, arms, 2 batches, 2, 3, runs] and move_seconds [MOVES, 2] as `move` returns them,
+    seconds [EPOCHS] of training and moves, and the weights. Up to the teleports all arms are one.
+    Raises UserError where a loss is not finite or a teleport meets a matrix it can't invert.
+    """
+    activation, device = LeakyReLU(), data.x_train.device
+    state = load(path, settings)
+    if state is None:
+        weights = init_weights(experiment.widths, [(i + 1) * SEED for i in range(runs)])
+        weights = [w[None] for w in weights]
+        none = np.empty((0, len(ARMS), runs), np.float32)
+        state = {"seconds": np.empty(0), **dict.fromkeys(CURVES, none)}
+    else:
+        weights = [torch.tensor(state[f"W{m}"]) for m in range(len(experiment.widths) - 1)]
+    weights = [w.to(device) for w in weights]
+    first = len(state["seconds"])
+    for epoch in tqdm(
+        range(first, EPOCHS), initial=first, total=EPOCHS, unit="epoch", desc=data.name
+    ):
+        start = time.perf_counter()
+        try:
+            if epoch == TELEPORT_EPOCH:
+                weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
+                loss, moves, seconds = train_epoch_with_moves(weights, data, experiment)
+                state |= {"moves": moves.cpu(), "move_seconds": seconds}
+            else:
+                x, y = data.x_train, data.y_train
+                loss = train_epoch_sgd(weights, x, y, experiment.lr, activation, BATCH)
+        except (FloatingPointError, ValueError) as error:
+            raise UserError(f"{data.name}, epoch {epoch}: {error}.") from None
+        state["seconds"] = np.append(state["seconds"], time.perf_counter() - start)
+        test = evaluate(weights, data.x_test, data.y_test, activation)
+        values = (loss, *test, *estimate_along(weights, data, experiment))
+        for curve, value in zip(CURVES, values):
+            value = value.expand(len(ARMS), runs).cpu()
+            state[curve] = np.concatenate([state[curve], value[None]])
+        state |= {f"W{m}": w.cpu() for m, w in enumerate(weights)}
+        save(path, settings, **state)
+    return state
+
+
+def measure(name, args):
+    """Return the arrays of `train` for a dataset, from logs/ or computed.
+
+    Raises UserError where args.plot_only leaves results missing.
+    """
+    experiment = EXPERIMENTS[name]
+    folder = Path(args.output) / "logs" / "generalization"
+    path = folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz"
+    settings = {
+        "dataset": name,
+        "sample": args.sample,
+        "widths": experiment.widths,
+        "lr": experiment.lr,
+        "teleports": experiment.teleports,
+        "seed": SEED,
+        "batches": [BATCH, TELEPORT_BATCH],
+        "longest": LONGEST,
+        "radii": list(RADII),
+        "directions": DIRECTIONS,
+        "runs": args.runs,
+        "device": args.device.type,
+    }
+    if not args.plot_only:
+        return train(load_data(name, args), experiment, args.runs, path, settings)
+    state = load(path, settings)
+    if state is None or len(state["seconds"]) < EPOCHS:
+        raise UserError(f"{path} is not finished: run without --plot-only first.")
+    return state
+
+
+def verdict(claim, difference):
+    """Return whether a paired difference [with its 95 % interval] agrees with a claim."""
+    low, high = difference["low"], difference["high"]
+    seen = "up" if low > 0 else "down" if high < 0 else "little"
+    if seen == claim:
+        return "holds"
+    return "not seen" if seen == "little" else "does not hold" if claim == "little" else "opposite"
+
+
+def summarise(result):
+    """Return what summary.json says of a dataset: the arms' test losses, moves and verdicts."""
+    loss = {arm: result["test_loss"][:, i].astype(float) for i, arm in enumerate(ARMS)}
+    summary = {"arms": {}, "claims": {}}
+    for i, arm in enumerate(ARMS):
+        change = result["moves"][:, i, :, 1] - result["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
+        first = result["moves"][0, i, 0, 0].mean(-1)
+        summary["arms"][arm] = {
+            "after_epoch": {
+                epoch: {
+                    "test_loss": float(loss[arm][epoch - 1].mean()),
+                    "minus_plain": paired_difference(
+                        loss[arm][epoch - 1], loss["plain"][epoch - 1]
+                    ),
+                }
+                for epoch in EPOCHS_SHOWN
+            },
+            "moves": {
+                quantity: {
+                    "before_the_first": float(first[q]),
+                    "total_change_on_their_batches": float(change[:, 0, q].mean(-1).sum()),
+                    "total_change_on_fresh_batches": float(change[:, 1, q].mean(-1).sum()),
+                }
+                for q, quantity in enumerate(QUANTITIES)
+            },
+        }
+    for arm, claim in CLAIMS.items():
+        summary["claims"][arm] = {"claim": claim, "control": CONTROLS[arm]}
+        for epoch in EPOCHS_SHOWN:
+            differences = {
+                against: paired_difference(loss[arm][epoch - 1], loss[other][epoch - 1])
+                for against, other in (("plain", "plain"), ("control", CONTROLS[arm]))
+            }
+            summary["claims"][arm][epoch] = {
+                against: difference | {"verdict": verdict(claim, difference)}
+                for against, difference in differences.items()
+            }
+    return summary
+
+
+def table(name, summary):
+    """Return a dataset's test losses and verdicts as Markdown."""
+
+    def interval(d):
+        return f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
+
+    title = EXPERIMENTS[name].title
+    lines = [
+        f"| {title} | "
+        + " | ".join(f"test loss, epoch {e} | − plain" for e in EPOCHS_SHOWN)
+        + " |",
+        "|---" * (1 + 2 * len(EPOCHS_SHOWN)) + "|",
+    ]
+    for arm, entry in summary["arms"].items():
+        cells = [arm]
+        for at in entry["after_epoch"].values():
+            cells += [f"{at['test_loss']:.4f}", interval(at["minus_plain"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"| {title}: claim | "
+        + " | ".join(f"epoch {e}: against plain | against control" for e in EPOCHS_SHOWN)
+        + " |",
+        "|---" * (1 + 2 * len(EPOCHS_SHOWN)) + "|",
+    ]
+    words = {"up": "raises the test loss", "down": "lowers it", "little": "changes it little"}
+    for arm, entry in summary["claims"].items():
+        cells = [f"{arm} {words[entry['claim']]} (control: {entry['control']})"]
+        for epoch in EPOCHS_SHOWN:
+            cells += [entry[epoch][against]["verdict"] for against in ("plain", "control")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_band(axes, values, **style):
+    """Plot the mean over runs of values: [epochs, runs], with a band of a standard deviation."""
+    epochs = 1 + np.arange(len(values))
+    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    (line,) = axes.plot(epochs, mean, **style)
+    axes.fill_between(
+        epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15, lw=0
+    )
+
+
+def draw_losses(name, result, quantity, path):
+    """Draw Figure 4 for a quantity: training dashed, test solid; and the paired test loss."""
+    figure = Figure(figsize=(8.4, 3.4))
+    losses, differences = figure.subplots(1, 2)
+    plain = result["test_loss"][:, ARMS.index("plain")]
+    arms = ["plain", *(arm for arm in CLAIMS if arm.startswith(quantity))]
+    for arm in arms:
+        i, colour = ARMS.index(arm), COLOURS[arm]
+        plot_band(losses, result["train_loss"][:, i], color=colour, ls="--")
+        plot_band(losses, result["test_loss"][:, i], color=colour, label=arm)
+    for arm in (*arms, CONTROLS[arms[-1]]):
+        rows = [paired_difference(*p) for p in zip(result["test_loss"][:, ARMS.index(arm)], plain)]
+        mean, low, high = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
+        epochs = 1 + np.arange(EPOCHS)
+        differences.plot(epochs, mean, color=COLOURS[arm], label=arm)
+        differences.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
+    losses.set(title=EXPERIMENTS[name].title, xlabel="epoch", ylabel="loss (dashed: training)")
+    differences.set(
+        title="test loss − plain's, 95 % interval",
+        xlabel="epoch",
+        xlim=(TELEPORT_EPOCH - 1, EPOCHS),
+    )
+    for axes in (losses, differences):
+        axes.legend(fontsize="small")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_quantities(name, result, path):
+    """Draw φ and ψ along training for all arms, means over runs."""
+    figure = Figure(figsize=(8.4, 3.4))
+    for axes, curve, symbol in zip(figure.subplots(1, 2), ("sharpness", "curvature"), "φψ"):
+        for i, arm in enumerate(ARMS):
+            values = result[curve][TELEPORT_EPOCH - 5 :, i].mean(1)
+            epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
+            axes.plot(epochs, values, color=COLOURS[arm], label=arm)
+        axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
+        axes.set(title=EXPERIMENTS[name].title, xlabel="epoch", ylabel=f"{curve} {symbol}")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", nargs="+", choices=EXPERIMENTS, default=["CIFAR10"], help="which data")
+    add("--runs", type=at_least(2), default=RUNS, help="networks in each arm, at least 2")
+    add_common_options(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    folder = figures_folder(args, "generalization", {"runs": RUNS})
+    for name in args.dataset:
+        result = measure(name, args)
+        summary = {"dataset": name, "runs": args.runs} | summarise(result)
+        for quantity in ("sharpness", "curvature"):
+            draw_losses(name, result, quantity, folder / f"{name}_{quantity}")
+        draw_quantities(name, result, folder / f"{name}_sharpness_and_curvature_along_training")
+        save_text(folder / f"{name}_summary.json", json.dumps(summary, indent=1) + "\n")
+        save_text(folder / f"{name}_table.md", table(name, summary))
+        print(f"\n{table(name, summary)}")
+    print(f"Figures, summaries and tables are in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)
