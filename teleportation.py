@@ -355,7 +355,8 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=
     for M in generators:
         _, derivative = curvature_along(weights, x, M, layer, activation)
         most = longest / M.norm()
-        t = (lr * derivative).clamp(-most, most)
+        # a run whose activations lost their rank has no derivative: it stays
+        t = (lr * derivative).nan_to_num(0.0).clamp(-most, most)
         g = torch.linalg.matrix_exp(t[..., None, None] * M)
         V, U = weights[layer : layer + 2]
         weights[layer + 1], weights[layer] = group_action(U, V, h, g, activation)

@@ -1,0 +1,171 @@
+"""teleport_sharpness_curvature.py: its arms, its measurements, and the script on the sample."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import teleport_sharpness_curvature as script
+from data import load_sample, shuffled_batch
+from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
+from teleportation import act, curvature_along
+
+MNIST = script.EXPERIMENTS["MNIST"]
+SETTINGS = {"runs": 2}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A shorter course: 15 epochs, teleports in the 13th, few directions."""
+    monkeypatch.setattr(script, "EPOCHS", 15)
+    monkeypatch.setattr(script, "TELEPORT_EPOCH", 12)
+    monkeypatch.setattr(script, "EPOCHS_SHOWN", (13, 14, 15))
+    monkeypatch.setattr(script, "DIRECTIONS", 2)
+    monkeypatch.setattr(script, "ESTIMATION_BATCHES", 2)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Two networks after 12 epochs on the sample, as [arms, runs, d_{m+1}, d_m]."""
+    data, weights = load_sample("MNIST"), init_weights(MNIST.widths, [1, 2])
+    for _ in range(12):
+        train_epoch_sgd(weights, data.x_train, data.y_train, MNIST.lr, LeakyReLU())
+    return [w.repeat(len(script.ARMS), 1, 1, 1) for w in weights]
+
+
+def train(path):
+    return script.train(load_sample("MNIST"), MNIST, 2, path, SETTINGS)
+
+
+def test_published_teleports():
+    for name, rates in (
+        ("CIFAR10", (-5e-2, 5e-2, -5e-2, 2e-1)),
+        ("MNIST", (-5e-2, 5e-2, -5e-2, 2e-1)),
+        ("FashionMNIST", (-3e-1, 1e-1, -3e-3, 5e-3)),
+    ):
+        teleports = list(script.EXPERIMENTS[name].teleports.values())
+        assert [t.lr for t in teleports] == list(rates)
+        assert [t.number for t in teleports] == [10, 2, 5, 10 if name == "CIFAR10" else 5]
+        assert [t.steps for t in teleports] == [10, 10, 1, 1]
+    np.testing.assert_allclose(script.RADII, np.arange(0.1, 0.95, 0.1))
+    assert script.DIRECTIONS == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
+
+
+def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(short, tmp_path):
+    state = train(tmp_path / "whole.npz")
+    loss = {arm: state["test_loss"][:, i] for i, arm in enumerate(script.ARMS)}
+    for arm in script.ARMS:
+        np.testing.assert_array_equal(loss[arm][:12], loss["plain"][:12])
+        if arm not in ("plain", "refit"):
+            assert (np.abs(loss[arm][12:] - loss["plain"][12:]) > 1e-7).all(), arm
+    # with more images than hidden units the refit is the identity but for rounding
+    np.testing.assert_allclose(loss["refit"], loss["plain"], rtol=1e-3)
+
+    data, weights = load_sample("MNIST"), init_weights(MNIST.widths, [54321, 2 * 54321])
+    for epoch in range(15):
+        expected = train_epoch_sgd(weights, data.x_train, data.y_train, MNIST.lr, LeakyReLU())
+        np.testing.assert_allclose(state["train_loss"][epoch, 0], expected, rtol=1e-4)
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypatch):
+    whole, original = train(tmp_path / "whole.npz"), script.save
+    for stop in (11, 14):  # before the teleports and after them
+        saves = []
+
+        def save(*arguments, stop=stop, saves=saves, **arrays):
+            original(*arguments, **arrays)
+            saves.append(1)
+            if len(saves) == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(script, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / f"cut{stop}.npz")
+        monkeypatch.setattr(script, "save", original)
+        resumed = train(tmp_path / f"cut{stop}.npz")
+        assert resumed.keys() == whole.keys()
+        for key in whole.keys() - {"seconds", "move_seconds"}:
+            np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+
+
+def test_a_move_is_what_the_log_says(short, trained):
+    data = load_sample("MNIST")
+    start, weights = [w[0] for w in trained], [w.clone() for w in trained]
+    moves, seconds = script.move(weights, data, MNIST, 0)
+    assert moves.shape == (len(script.ARMS), 2, 2, 3, 2) and seconds.shape == (2,)
+    d = MNIST.widths[2]
+    M = torch.rand(d, d, generator=torch.Generator().manual_seed(script.SEED))
+    for b, k in enumerate((0, script.MOVES)):
+        x, y = shuffled_batch(data, script.TELEPORT_BATCH, k)
+        for i, arm in enumerate(script.ARMS):
+            own = [w[i] for w in weights]
+            for end, now in enumerate((start, own)):
+                measured = moves[i, b, end]
+                torch.testing.assert_close(measured[0], cross_entropy(now, x, y, LeakyReLU()))
+                kappa, _ = curvature_along(now, x, M, script.PAIR, LeakyReLU())
+                torch.testing.assert_close(measured[2], kappa, rtol=1e-3, atol=1e-6)
+            moved = any((a - b).abs().max() > 1e-3 for a, b in zip(own, start))
+            assert moved == (arm not in ("plain", "refit")), arm
+    phi = moves[:, 0, :, 1].mean(-1)  # on the teleport's batch: [arms, before and after]
+    change = dict(zip(script.ARMS, (phi[:, 1] - phi[:, 0]).tolist()))
+    assert change["sharpness decrease"] < 0 < change["sharpness increase"]
+
+
+def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
+    lengths = {}
+
+    def record(weights, x, elements, activation):
+        lengths[len(lengths)] = [(g - torch.eye(g.shape[-1])).norm(dim=(-2, -1)) for g in elements]
+        return act(weights, x, elements, activation)
+
+    given = []
+    draw = script.random_group_elements
+    monkeypatch.setattr(script, "act", record)
+    monkeypatch.setattr(
+        script, "random_group_elements", lambda g, draws: given.append(g) or draw(g, draws)
+    )
+    script.move([w.clone() for w in trained], load_sample("MNIST"), MNIST, 0)
+    refit, random, in_one_pair = lengths.values()
+    assert all((length == 0).all() for length in refit)
+    for length, g in zip(random, given[0]):
+        torch.testing.assert_close(length, (g - torch.eye(g.shape[-1])).norm(dim=(-2, -1)))
+    assert (in_one_pair[0] == 0).all()
+    (g,) = given[1]
+    torch.testing.assert_close(in_one_pair[1], (g - torch.eye(10)).norm(dim=(-2, -1)))
+
+
+@pytest.mark.parametrize(
+    ("claim", "low", "high", "expected"),
+    [
+        ("up", 0.1, 0.2, "holds"),
+        ("up", -0.1, 0.2, "not seen"),
+        ("up", -0.2, -0.1, "opposite"),
+        ("down", -0.2, -0.1, "holds"),
+        ("down", 0.1, 0.2, "opposite"),
+        ("little", -0.1, 0.1, "holds"),
+        ("little", 0.1, 0.2, "does not hold"),
+    ],
+)
+def test_verdicts(claim, low, high, expected):
+    assert script.verdict(claim, {"mean": 0, "low": low, "high": high}) == expected
+
+
+def test_the_sample_ends_with_table_and_figures(tmp_path, run_script):
+    options = ["--sample", "--dataset", "MNIST", "--runs", "2", "--output", tmp_path]
+    done = run_script("teleport_sharpness_curvature.py", *options)
+    assert done.returncode == 0, done.stderr
+    figures = tmp_path / "figures/sample/generalization"
+    names = ["sharpness", "curvature", "sharpness_and_curvature_along_training"]
+    expected = {f"MNIST_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
+    assert {path.name for path in figures.iterdir()} == expected | {
+        "MNIST_summary.json",
+        "MNIST_table.md",
+    }
+    summary = json.loads((figures / "MNIST_summary.json").read_text())
+    assert summary["arms"]["plain"]["after_epoch"]["40"]["minus_plain"]["mean"] == 0
+    assert (figures / "MNIST_table.md").read_text("utf-8") in done.stdout
+    again = run_script("teleport_sharpness_curvature.py", *options, "--plot-only")
+    assert again.stdout == done.stdout
+    missing = run_script("teleport_sharpness_curvature.py", *options, "--plot-only", "--runs", "3")
+    assert missing.returncode == 2 and "run without --plot-only first" in missing.stderr
