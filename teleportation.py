@@ -105,23 +105,18 @@ def pull_back(gradient, weights, x, activation):
 def ascend(objective, weights, x, lr, steps, activation, stop=float("inf")):
     """Move weights along their orbit by gradient ascent on T_m, with I + T_m acting on each pair.
 
-    objective(weights, x) returns the loss [...], what is to grow [...], and its gradient in the
-    weights, a list like them; it must meet x through W_0 x alone. Each step starts from T = 0; a
-    run whose objective is above `stop` stays where it is. lr: a number or a tensor [...], negative
-    to descend. Returns the new weights and the path: `loss` and `objective` [steps + 1, ...] on x,
-    and `group_elements`, for each pair the product of the steps' I + T_m.
+    objective(weights) returns the loss [...], what is to grow [...], and its gradient in the
+    weights, a list like them; the group acts with the hidden activations of x: [d_0, n]. Each step
+    starts from T = 0; a run whose objective is above `stop` stays where it is. lr: a number or a
+    tensor [...], negative to descend. Returns the new weights and the path: `loss` and `objective`
+    [steps + 1, ...] on x, and `group_elements`, for each pair the product of the steps' I + T_m.
     """
-    first_layer = weights[0]
-    if 2 * x.shape[-1] < x.shape[-2]:
-        # x meets the first layer through its span alone: n inputs are left of d_0
-        q, x = torch.linalg.qr(x)
-        weights = [first_layer @ q, *weights[1:]]
     identities = [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
     if x.shape[-1] < max(len(identity) for identity in identities):
         weights = act(weights, x, identities, activation)  # what is left of U is its refit
     path, total = [], identities
     for step in range(steps + 1):
-        loss, value, gradient = objective(weights, x)
+        loss, value, gradient = objective(weights)
         path.append((loss, value))
         if step < steps:
             rate = torch.as_tensor(lr * (value <= stop))[..., None, None]
@@ -131,9 +126,10 @@ def ascend(objective, weights, x, lr, steps, activation, stop=float("inf")):
             total = [g @ before for g, before in zip(elements, total)]
     losses, values = (torch.stack(column) for column in zip(*path))
     path = {"loss": losses, "objective": values, "group_elements": total}
-    return [total[0] @ first_layer, *weights[1:]], path
+    return weights, path
 
 
+@torch.no_grad()
 def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False):
     """Teleport to a larger gradient: `steps` steps of ascent on |∇L|² over the batch x, y.
 
@@ -141,15 +137,20 @@ def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False)
     every run of a stack moves alone. Returns the new weights and, with return_path, the path that
     `ascend` describes; its objective is |∇L|².
     """
+    # x meets the first layer through its span alone, with X = QR: n inputs are left of d_0
+    first_layer = weights[0]
+    q, x = torch.linalg.qr(x)
 
-    def objective(weights, x):
+    def objective(weights):
         with torch.enable_grad():
             leaves = [w.detach().requires_grad_() for w in weights]
             loss, norm = loss_and_gradient_norm_squared(leaves, x, y, activation)
             gradient = torch.autograd.grad(norm.sum(), leaves)
         return loss.detach(), norm.detach(), gradient
 
+    weights = [first_layer @ q, *weights[1:]]
     weights, path = ascend(objective, weights, x, lr, steps, activation, stop=cap)
+    weights[0] = path["group_elements"][0] @ first_layer
     return (weights, path) if return_path else weights
 
 
@@ -314,6 +315,7 @@ def sharpness_and_gradient(weights, x, y, directions, activation):
     return phi / count, [g / count for g in gradient]
 
 
+@torch.no_grad()
 def teleport_sharpness(
     weights, x, y, lr, steps, radii, number, seed, activation, stop=float("inf"), return_path=False
 ):
@@ -327,7 +329,7 @@ def teleport_sharpness(
     widths = [len(x), *(w.shape[-2] for w in weights)]
     generator = torch.Generator().manual_seed(seed)
 
-    def objective(weights, x):
+    def objective(weights):
         blocks = (
             [d.to(x) for d in random_directions(widths, [radius] * number, generator)]
             for radius in radii

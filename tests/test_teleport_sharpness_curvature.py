@@ -104,7 +104,7 @@ def test_a_move_is_what_the_log_says(short, trained):
                 measured = moves[i, b, end]
                 torch.testing.assert_close(measured[0], cross_entropy(now, x, y, LeakyReLU()))
                 kappa, _ = curvature_along(now, x, M, script.PAIR, LeakyReLU())
-                torch.testing.assert_close(measured[2], kappa, rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(measured[2], kappa, rtol=1e-2, atol=1e-4)
             moved = any((a - b).abs().max() > 1e-3 for a, b in zip(own, start))
             assert moved == (arm not in ("plain", "refit")), arm
     phi = moves[:, 0, :, 1].mean(-1)  # on the teleport's batch: [arms, before and after]
