@@ -74,6 +74,7 @@ class Experiment(NamedTuple):
     teleports: dict
     longest: float  # |tM|_F of a step in curvature, at the most
     title: str
+    directions: int = 100  # for each radius, of the perturbations that teleports are made with
 
 
 def teleports(sharpness_down, sharpness_up, curvature_down, curvature_up, ups=5):
@@ -113,11 +114,12 @@ EXPERIMENTS = {
     ),
 }
 RUNS = 5
+# on the sample, whose networks are far from a minimum: a tenth of rates, lengths and directions
+SAMPLE_SCALE = 0.1
 EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
 MOVES = 10  # mini-batches before which some arm is teleported
 BATCH, TELEPORT_BATCH = 20, 2000
 RADII = np.arange(1, 10) / 10  # of the perturbations that sharpness teleports are made with
-DIRECTIONS = 100  # for each radius
 # the published objective is the sum of the 900 losses over 1,000: 0.9 φ, and it stops above 2.0
 PUBLISHED_SCALE, STOP = 0.9, 2.0
 MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
@@ -179,7 +181,17 @@ def teleport_pair(weights, x, y, experiment, quantity, k, generator):
         stop = torch.where(lr > 0, STOP / PUBLISHED_SCALE, math.inf)
         lr = lr * PUBLISHED_SCALE
         new, path = teleport_sharpness(
-            stack, x, y, lr, settings[0].steps, RADII, DIRECTIONS, k, activation, stop, True
+            stack,
+            x,
+            y,
+            lr,
+            settings[0].steps,
+            RADII,
+            experiment.directions,
+            k,
+            activation,
+            stop,
+            return_path=True,
         )
         elements = path["group_elements"]
     else:
@@ -306,6 +318,15 @@ def measure(name, args):
     Raises UserError where args.plot_only leaves results missing.
     """
     experiment = EXPERIMENTS[name]
+    if args.sample:
+        slower = {
+            arm: t._replace(lr=SAMPLE_SCALE * t.lr) for arm, t in experiment.teleports.items()
+        }
+        experiment = experiment._replace(
+            teleports=slower,
+            longest=SAMPLE_SCALE * experiment.longest,
+            directions=round(SAMPLE_SCALE * experiment.directions),
+        )
     folder = Path(args.output) / "logs" / "generalization"
     path = folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz"
     settings = {
@@ -318,7 +339,7 @@ def measure(name, args):
         "batches": [BATCH, TELEPORT_BATCH],
         "longest": experiment.longest,
         "radii": list(RADII),
-        "directions": DIRECTIONS,
+        "directions": experiment.directions,
         "runs": args.runs,
         "device": args.device.type,
     }

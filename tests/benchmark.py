@@ -120,14 +120,15 @@ def gradient_teleport(name, limit, runs=5, steps=10, n=200):
 def sharpness_step(name, runs, limit):
     """A step of a stack of runs in sharpness, 900 directions, on a batch of 2,000."""
     script = teleport_sharpness_curvature
-    widths, n = script.EXPERIMENTS[name].widths, script.TELEPORT_BATCH
+    experiment, n = script.EXPERIMENTS[name], script.TELEPORT_BATCH
+    widths = experiment.widths
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     weights = init_weights(widths, range(runs))
-    draws = script.RADII, script.DIRECTIONS, 0, LeakyReLU()
+    draws = script.RADII, experiment.directions, 0, LeakyReLU()
     # the path has one evaluation more than steps
     seconds = best_seconds(lambda: teleport_sharpness(weights, x, y, 1e-2, 1, *draws), 2) / 2
     products = widths[0] * widths[1] + runs * 3 * connections(widths[1:])
-    return Row(seconds, 2 * n * len(script.RADII) * script.DIRECTIONS * products, limit)
+    return Row(seconds, 2 * n * len(script.RADII) * experiment.directions * products, limit)
 
 
 def curvature_step(limit, runs=5):

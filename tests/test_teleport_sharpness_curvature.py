@@ -1,6 +1,7 @@
 """teleport_sharpness_curvature.py: its arms, its measurements, and the script on the sample."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def short(monkeypatch):
     monkeypatch.setattr(script, "EPOCHS", 15)
     monkeypatch.setattr(script, "TELEPORT_EPOCH", 12)
     monkeypatch.setattr(script, "EPOCHS_SHOWN", (13, 14, 15))
-    monkeypatch.setattr(script, "DIRECTIONS", 2)
+    monkeypatch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(directions=2))
     monkeypatch.setattr(script, "ESTIMATION_BATCHES", 2)
 
 
@@ -49,7 +50,7 @@ def test_published_teleports():
         assert [t.number for t in teleports] == [10, 2, 5, 10 if name == "CIFAR10" else 5]
         assert [t.steps for t in teleports] == [10, 10, 1, 1]
     np.testing.assert_allclose(script.RADII, np.arange(0.1, 0.95, 0.1))
-    assert script.DIRECTIONS == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
+    assert MNIST.directions == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
 
 
 def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(short, tmp_path):
