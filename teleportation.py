@@ -53,6 +53,27 @@ def group_action(U, V, h, g, activation):
     return U @ (activation(V @ h) @ pseudoinverse(activation(V_new @ h))), V_new
 
 
+def inverse_group_action(U, V, h, g, activation):
+    """Act with g through the activation: V' = σ^{-1}(g σ(Vh)) h^+, U' = U g^{-1}; return (U', V').
+
+    Shapes are those of `group_action`. The pair's outputs on h are kept where h has full column
+    rank, which needs n <= d_in. Warns and raises as `pseudoinverse` does.
+    """
+    V_new = activation.inverse(g @ activation(V @ h)) @ pseudoinverse(h)
+    return torch.linalg.solve(g, U, left=False), V_new
+
+
+def inverse_group_action_first_order(U, V, h, h_pinv, T, activation):
+    """Act with g = I + T as `inverse_group_action` does, but with U' = U (I − T) for U g^{-1}.
+
+    h_pinv: [..., n, d_in], the pseudoinverse of h, which many steps can share. Where h has full
+    column rank the outputs become U (I − T²) σ(Vh). NumPy's arrays will do, if they do for
+    `activation`.
+    """
+    a = activation(V @ h)
+    return U - U @ T, activation.inverse(a + T @ a) @ h_pinv
+
+
 def act(weights, x, group_elements, activation):
     """Act on a whole network, pair by pair from the input upwards; return the new weights.
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "learn-to-teleport")]
 
 import correlation  # noqa: E402
+import multi_layer_regression  # noqa: E402
 import teleport_optimization  # noqa: E402
 import teleport_sharpness_curvature  # noqa: E402
 from models import MLP, LeakyReLU, init_weights, train_epoch, train_epoch_sgd  # noqa: E402
@@ -151,12 +152,34 @@ def figure_7(limit):
     return Row(seconds, math.nan, limit)
 
 
+def figure_6(processes, limit, part=10, least=700):
+    """The training and the tests of Figure 6's four methods, one initialisation.
+
+    From the time of a part of the trajectories, with and without that of nearly none. Its matrices
+    are read from memory anew for each step: there is no floor of operations to compare with.
+    """
+    script, seconds = multi_layer_regression, []
+    for divisor in (least, part):
+        methods = {
+            name: method._replace(trajectories=math.ceil(method.trajectories / divisor))
+            for name, method in script.METHODS.items()
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            tasks = script.tasks(methods, 1, Path(folder))
+            start = time.perf_counter()
+            script.run_tasks(tasks, processes)
+            seconds.append(time.perf_counter() - start)
+    once, some = seconds
+    return Row(once + (some - once) / (1 / part - 1 / least), math.nan, limit)
+
+
 ROWS = {
     "SGD, MNIST: 100 runs, 40 epochs": lambda: sgd("MNIST", 50_000, limit=240),
     "SGD, CIFAR-10: 100 runs, 40 epochs": lambda: sgd("CIFAR10", 5_000, limit=3900),
     "φ and ψ, MNIST: 100 networks, one batch": lambda: estimators("MNIST", limit=0.25),
     "φ and ψ, CIFAR-10: 100 networks, one batch": lambda: estimators("CIFAR10"),
     "Figure 7": lambda: figure_7(limit=3),
+    "Figure 6: one initialisation, 2 processes": lambda: figure_6(2, limit=150),
     **{
         f"{name}, MNIST: 5 runs, an epoch": lambda name=name: epoch(name)
         for name in teleport_optimization.EXPERIMENTS

@@ -1,0 +1,467 @@
+"""Learning to teleport: LSTMs that give the group element, the step size or the update. Figure 6.
+
+    cd learn-to-teleport && python multi_layer_regression.py     # or from the folder above
+    python multi_layer_regression.py --quick                     # a hundredth of the training
+
+Two-layer regression, ½ |Y − W_1 σ(W_0 X)|², is minimised by the published methods
+
+    GD                    a fixed step size
+    LSTM(lr,tele)         one LSTM gives the step size and T, by which each step is teleported
+    LSTM(update)          an LSTM gives the update of all weights
+    LSTM(update,tele)     a second one gives T
+
+and by two that they are to be compared with: LSTM(lr), without T, and GD (tuned), with the step
+size that is best on training trajectories. Each method learns from several initial LSTMs. These
+are tasks of their own, which run in processes side by side and go on from logs/learn-to-teleport/.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: the tasks run side by side
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import re
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from init_directory import ROOT, UserError, at_least, load, run, save, save_figure, save_text
+from regression import (
+    FIRST_LR,
+    LR_RANGE,
+    T_NORM,
+    UNROLL,
+    UPDATE_RANGE,
+    Network,
+    draw_problem,
+    gradient_descent,
+    learned,
+    matrices,
+    new_training,
+    restore,
+    rollout,
+    train_trajectory,
+)
+
+
+class Method(NamedTuple):
+    """A method's LSTMs, and what they are trained on."""
+
+    networks: tuple
+    trajectories: int
+    steps: int  # of each trajectory
+
+
+METHODS = {
+    "LSTM(lr)": Method((Network(("lr",), 20, 1e-4),), 30, 300),
+    "LSTM(lr,tele)": Method((Network(("lr", "T"), 20, 1e-4),), 30, 300),
+    "LSTM(update)": Method((Network(("update",), 300, 1e-3),), 600, 100),
+    "LSTM(update,tele)": Method(
+        (Network(("update",), 300, 1e-3), Network(("T",), 300, 1e-4)), 700, 100
+    ),
+}
+QUICK = 100  # --quick trains on so many times fewer trajectories
+GD_LR = 3e-4
+GD_LRS = np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
+TEST_STEPS, STEPS_SHOWN, CLAIMED_STEP = 100, (10, 30, 100), 30
+TEST_SETS = {
+    "published 5": [n * n * 12345 for n in range(1, 6)],
+    "fresh 100": [(i + 1) * 54321 for i in range(100)],
+}
+SEED = 54321  # initialisation i has the seed (i + 1) * SEED
+SEEDS = 3  # initialisations of each method
+SAVE_SECONDS = 20  # between saves during training
+REPEATS = 9  # of the run of CLAIMED_STEP steps whose seconds are measured
+RESAMPLES = 2000  # of the bootstrap
+COMPARISONS = [  # by the loss at CLAIMED_STEP; the paper's claim is the first two
+    ("LSTM(lr,tele)", "LSTM(lr)"),
+    ("LSTM(update,tele)", "LSTM(update)"),
+    *((name, "GD (tuned)") for name in METHODS),
+]
+STYLES = {
+    "GD": {"color": "black", "ls": ":"},
+    "GD (tuned)": {"color": "grey"},
+    "LSTM(lr)": {"color": "C0", "ls": "--", "zorder": 3},  # it may lie on that with T
+    "LSTM(lr,tele)": {"color": "C2"},
+    "LSTM(update)": {"color": "C1", "ls": "--", "zorder": 3},
+    "LSTM(update,tele)": {"color": "C3"},
+}
+
+
+def training_seeds(trajectories):
+    """Return the published seeds of training trajectories."""
+    return [n * n * 12345 - 1 for n in range(1, trajectories + 1)]
+
+
+def tune_gradient_descent():
+    """Return the step size with the least median loss at CLAIMED_STEP on training trajectories.
+
+    They are those of LSTM(lr,tele). A loss that is not finite counts as larger than all others.
+    """
+    problem = draw_problem(training_seeds(METHODS["LSTM(lr,tele)"].trajectories))
+    problem = problem._replace(w=np.repeat(problem.w[None], len(GD_LRS), axis=0))
+    lrs = GD_LRS.astype(np.float32)[:, None, None, None, None]
+    losses, _ = rollout(gradient_descent(lrs), problem, CLAIMED_STEP)
+    return float(GD_LRS[np.median(finite(losses[-1]), axis=1).argmin()])
+
+
+def finite(losses):
+    """Return losses with infinity for all that are not finite: trajectories that diverged."""
+    return np.where(np.isfinite(losses), losses, np.inf)
+
+
+def train(method, initialisation, path, settings, report):
+    """Do one task: train a method's LSTMs from an initialisation and test them; resume from `path`.
+
+    report(n): called after n trajectories. In the end `path` has the LSTMs' matrices and, for the
+    trajectories of all TEST_SETS in turn, `loss` and `gradient_norm_squared`
+    [TEST_STEPS + 1, trajectories]. Until then it has the number of `trained` trajectories and
+    Adam's state instead. Raises UserError where a loss is not finite in training.
+    """
+    lstms, optimizers = new_training(method.networks, (initialisation + 1) * SEED)
+    state = load(path, settings) or {"trained": 0}
+    first = int(state["trained"])
+    if first:
+        restore(lstms, optimizers, state)
+        report(first)
+    saved = time.monotonic()
+    for i, seed in enumerate(training_seeds(method.trajectories)[first:], first):
+        try:
+            train_trajectory(method.networks, lstms, optimizers, draw_problem(seed), method.steps)
+        except FloatingPointError as error:
+            raise UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save(path, settings, trained=i + 1, **matrices(lstms, optimizers))
+            saved = time.monotonic()
+        report(1)
+    problem = draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+    loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
+    save(path, settings, loss=loss, gradient_norm_squared=norm, **matrices(lstms))
+
+
+def start_worker(count, stop):
+    """Prepare a worker process; count: of trajectories done, and stop: an event, are shared."""
+    global report_to_parent
+    torch.set_num_threads(1)
+
+    def report_to_parent(n):
+        with count.get_lock():
+            count.value += n
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(1)
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+
+def do_task(*task):
+    """Do a task in a worker process."""
+    with contextlib.suppress(KeyboardInterrupt):  # the parent knows
+        train(*task, report_to_parent)
+
+
+def run_tasks(tasks, processes):
+    """Do tasks, the arguments of `train` but for its last, in single-threaded processes.
+
+    Raises the first error that one of them raised, or UserError where one was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    count, stop = context.Value("q", 0), context.Event()
+    total = sum(method.trajectories for method, *_ in tasks)
+    executor = ProcessPoolExecutor(processes, context, start_worker, (count, stop))
+    # the workers inherit that they ignore Ctrl-C: this process stops them
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        futures = [executor.submit(do_task, *task) for task in tasks]
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        with tqdm(total=total, unit="trajectory", mininterval=1) as bar:
+            pending = futures
+            while pending:
+                done, pending = wait(pending, timeout=0.2)
+                bar.update(count.value - bar.n)
+                for future in done:
+                    future.result()
+    except BrokenProcessPool:
+        raise UserError("A worker process was killed, perhaps for want of memory.") from None
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+def tasks(methods, initialisations, folder):
+    """Return the tasks, the longest first: (method, initialisation, path of its log, settings)."""
+
+    def work(method):
+        return method.trajectories * method.steps * sum(n.hidden**2 for n in method.networks)
+
+    listed = []
+    for name, method in sorted(methods.items(), key=lambda item: -work(item[1])):
+        for i in range(initialisations):
+            settings = {
+                "method": name,
+                "networks": method.networks,
+                "training": [method.trajectories, method.steps, UNROLL],
+                "ranges": [FIRST_LR, LR_RANGE, UPDATE_RANGE, T_NORM],
+                "test": [TEST_STEPS, TEST_SETS],
+                "seed": (i + 1) * SEED,
+            }
+            path = folder / f"{re.sub('[^a-z]+', '-', name.lower()).strip('-')}-{i}.npz"
+            listed.append((method, i, path, settings))
+    return listed
+
+
+def finished(path, settings):
+    """Return what `train` saves at a task's end, or None before it."""
+    state = load(path, settings)
+    return state if state and "loss" in state else None
+
+
+def measure(methods, args, folder):
+    """Return {method: the arrays of `train` for each initialisation}, from logs/ or computed.
+
+    Raises UserError where args.plot_only leaves some missing.
+    """
+    listed = tasks(methods, args.seeds, folder)
+    todo = [task for task in listed if not finished(*task[2:])]
+    if todo and args.plot_only:
+        raise UserError(f"{todo[0][2]} is not finished: run without --plot-only first.")
+    if todo:
+        run_tasks(todo, args.processes)
+    results = {name: [] for name in methods}
+    for _, _, path, settings in listed:
+        results[settings["method"]].append(finished(path, settings))
+    return results
+
+
+def seconds_a_step(methods, results, folder, plot_only):
+    """Return {method: seconds a step of one trajectory}, from logs/ or measured.
+
+    The median over REPEATS runs of CLAIMED_STEP steps with the first initialisation's LSTMs.
+    """
+    path, settings = folder / "seconds.npz", {"steps": CLAIMED_STEP, "repeats": REPEATS}
+    found = load(path, settings)
+    if found is None:
+        if plot_only:
+            raise UserError(f"{path} is missing: run without --plot-only first.")
+        problem = draw_problem(TEST_SETS["published 5"][0])
+        found = {}
+        for name in results:
+            if name in methods:
+                networks = methods[name].networks
+                W = [results[name][0][f"W {k}"] for k in range(3 * len(networks))]
+                lstms = [W[k : k + 3] for k in range(0, len(W), 3)]
+            times = []
+            for _ in range(REPEATS):
+                optimizer = gradient_descent(GD_LR)
+                if name in methods:
+                    optimizer = learned(networks, lstms, problem)
+                start = time.perf_counter()
+                rollout(optimizer, problem, CLAIMED_STEP)
+                times.append((time.perf_counter() - start) / CLAIMED_STEP)
+            found[name] = np.median(times)
+        save(path, settings, **found)
+    return {name: float(value) for name, value in found.items()}
+
+
+def interval(values):
+    """Return the median of values: [initialisations, trajectories], with its 95 % interval.
+
+    A two-level bootstrap: initialisations and trajectories are resampled, each on their own. What
+    is not finite is None in the result.
+    """
+    rng = np.random.default_rng(SEED)
+    initialisations, trajectories = values.shape
+    i = rng.integers(initialisations, size=(RESAMPLES, initialisations, 1))
+    j = rng.integers(trajectories, size=(RESAMPLES, 1, trajectories))
+    medians = np.sort(np.median(values[i, j], axis=(1, 2)))
+    chosen = np.median(values), medians[RESAMPLES // 40], medians[-1 - RESAMPLES // 40]
+    return {
+        key: float(f"{value:.6g}") if np.isfinite(value) else None
+        for key, value in zip(("median", "low", "high"), chosen)
+    }
+
+
+def by_test_set(curves):
+    """Return curves: [..., trajectories] as {name of TEST_SETS: [..., trajectories of it]}."""
+    ends = np.cumsum([len(seeds) for seeds in TEST_SETS.values()])
+    return dict(zip(TEST_SETS, np.split(curves, ends[:-1], axis=-1)))
+
+
+def compare(a, b):
+    """Return the ratio of losses a / b at CLAIMED_STEP on fresh trajectories, and who is lower.
+
+    a, b: [initialisations, steps + 1, trajectories of all TEST_SETS]; b may have one
+    initialisation for all of a's. Pairs of which neither is finite count as equal.
+    """
+    a, b = (by_test_set(curves[:, CLAIMED_STEP])["fresh 100"].astype(float) for curves in (a, b))
+    with np.errstate(invalid="ignore"):
+        ratio = np.where(np.isinf(a) & np.isinf(b), 1, a / b)
+    result = interval(ratio)
+    low, high = (np.inf if result[key] is None else result[key] for key in ("low", "high"))
+    return result | {"lower": "the first" if high < 1 else "the second" if low > 1 else "unclear"}
+
+
+def summarise(losses, seconds, gd_lr):
+    """Return what summary.json says; losses: {method: as `compare` takes them}."""
+    methods = {}
+    for name, curves in losses.items():
+        methods[name] = {"seconds_a_step": float(f"{seconds[name]:.3g}")}
+        for test_set, loss in by_test_set(curves).items():
+            at = {step: interval(loss[:, step].astype(float)) for step in STEPS_SHOWN}
+            diverged = int(np.isinf(loss).any(1).sum())
+            of = loss[:, 0].size
+            methods[name][test_set] = {"loss_at_step": at, "diverged": diverged, "of": of}
+    ratios = {f"{a} / {b}": compare(losses[a], losses[b]) for a, b in COMPARISONS}
+    claimed = [ratio["lower"] for ratio in list(ratios.values())[:2]]
+    if all(lower == "the first" for lower in claimed):
+        verdict = "holds"
+    elif "the first" in claimed:
+        verdict = "holds for one of two"
+    else:
+        verdict = "not seen" if "unclear" in claimed else "opposite"
+    return {
+        "gd_tuned_lr": gd_lr,
+        "methods": methods,
+        "ratios_of_losses": {"step": CLAIMED_STEP, "test_set": "fresh 100", "of": ratios},
+        "claim_that_teleporting_lowers_the_loss": verdict,
+    }
+
+
+def table(summary):
+    """Return the losses and their ratios as Markdown."""
+
+    def cell(entry, digits=3):
+        values = (entry[key] for key in ("median", "low", "high"))
+        values = ("∞" if value is None else f"{value:.{digits}g}" for value in values)
+        return "{} [{}, {}]".format(*values)
+
+    steps = " | ".join(f"loss, step {step}" for step in STEPS_SHOWN)
+    lines = [f"| method | trajectories | {steps} | diverged | ms a step |"]
+    lines += ["|---" * (4 + len(STEPS_SHOWN)) + "|"]
+    for test_set in TEST_SETS:
+        for name, entry in summary["methods"].items():
+            found = entry[test_set]
+            cells = [name, test_set, *map(cell, found["loss_at_step"].values())]
+            cells += [
+                f"{found['diverged']} of {found['of']}",
+                f"{1e3 * entry['seconds_a_step']:.3g}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"| ratio of losses, step {CLAIMED_STEP}, fresh trajectories | median | lower |"]
+    lines += ["|---|---|---|"]
+    for pair, entry in summary["ratios_of_losses"]["of"].items():
+        lines.append(f"| {pair} | {cell(entry, 4)} | {entry['lower']} |")
+    verdict = summary["claim_that_teleporting_lowers_the_loss"]
+    lines += ["", f"The claim that teleporting lowers the loss: {verdict}."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(losses, norms, seconds, against, path):
+    """Draw a panel of Figure 6 over the published trajectories and all initialisations.
+
+    losses, norms: {method: [initialisations, steps + 1, trajectories of all TEST_SETS]}. Against
+    epoch or time: mean and standard deviation of the loss, the band cut at the lowest loss;
+    against the loss: the mean |∇L|² at each epoch. Runs that diverge are left out and counted.
+    """
+    axes = Figure(figsize=(5.2, 3.8)).add_subplot(yscale="log", ylabel="loss")
+    for name, style in STYLES.items():
+        loss, norm = (
+            np.concatenate(by_test_set(curves[name])["published 5"], -1)[: CLAIMED_STEP + 1]
+            for curves in (losses, norms)
+        )
+        kept = np.isfinite(loss).all(0)
+        label = name if kept.all() else f"{name}, {(~kept).sum()} of {len(kept)} diverged"
+        if not kept.any():
+            axes.plot([], [], label=label, **style)
+            continue
+        mean, deviation = loss[:, kept].mean(1), loss[:, kept].std(1)
+        if against == "gradient":
+            axes.plot(mean, norm[:, kept].mean(1), marker=".", label=label, lw=1, **style)
+            continue
+        x = np.arange(len(mean)) * (1e3 * seconds[name] if against == "time" else 1)
+        low = np.maximum(mean - deviation, loss[:, kept].min(1))
+        shown = slice(against == "time", None)  # on a logarithmic axis there is no 0
+        axes.plot(x[shown], mean[shown], label=label, **style)
+        band = (curve[shown] for curve in (x, low, mean + deviation))
+        axes.fill_between(*band, color=style["color"], alpha=0.15, lw=0)
+    if against == "gradient":
+        axes.set(xscale="log", xlabel="loss", ylabel=r"$|\nabla L|^2$")
+    else:
+        axes.set_xlabel("epoch" if against == "epoch" else "time (ms)")
+        axes.set_xscale("linear" if against == "epoch" else "log")
+    axes.legend(fontsize="small")
+    save_figure(axes.figure, path)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
+    add("--quick", action="store_true", help=f"train on {QUICK} times fewer trajectories")
+    add("--processes", type=at_least(1), default=cores, help="how many tasks run side by side")
+    add("--plot-only", action="store_true", help="draw and print again what logs/ has")
+    add(
+        "--output",
+        type=Path,
+        default=ROOT,
+        help="the folder for logs/ and learn-to-teleport/figures/",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    methods = METHODS
+    folder = args.output / "learn-to-teleport" / "figures"
+    if args.quick:
+        methods = {
+            name: method._replace(trajectories=math.ceil(method.trajectories / QUICK))
+            for name, method in METHODS.items()
+        }
+        folder /= "quick"
+    elif args.seeds != SEEDS:
+        folder /= f"{args.seeds}seeds"
+    logs = args.output / "logs" / f"learn-to-teleport{'-quick' * args.quick}"
+    results = measure(methods, args, logs)
+    gd_lr = tune_gradient_descent()
+    problem = draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+    for name, lr in (("GD", GD_LR), ("GD (tuned)", gd_lr)):
+        curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
+        results[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
+    seconds = seconds_a_step(methods, results, logs, args.plot_only)
+    losses, norms = (
+        {name: np.stack([result[key] for result in results[name]]) for name in STYLES}
+        for key in ("loss", "gradient_norm_squared")
+    )
+    losses = {name: finite(curves) for name, curves in losses.items()}
+    for against in ("epoch", "time", "gradient"):
+        suffix = "" if against == "epoch" else f"_vs_{against}"
+        draw(losses, norms, seconds, against, folder / f"multi_layer_loss{suffix}")
+    summary = {"seeds": args.seeds, "quick": args.quick} | summarise(losses, seconds, gd_lr)
+    save_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    save_text(folder / "table.md", table(summary))
+    print(f"\n{table(summary)}\nFigures, summary and table are in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)
