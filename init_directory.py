@@ -189,6 +189,27 @@ def paired_difference(a, b):
     return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half)}
 
 
+def interval_text(difference):
+    """Return what `paired_difference` returned as text."""
+    return "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference)
+
+
+def plot_band(axes, x, values, **style):
+    """Plot the mean over runs of values: [len(x), runs], with a band of a standard deviation."""
+    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    (line,) = axes.plot(x, mean, **style)
+    band = mean - deviation, mean + deviation
+    axes.fill_between(x, *band, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def plot_difference(axes, x, values, reference, **style):
+    """Plot the `paired_difference` of values and reference: [len(x), runs], with its interval."""
+    rows = [paired_difference(*pair) for pair in zip(values, reference)]
+    mean, low, high = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
+    (line,) = axes.plot(x, mean, **style)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
 def run(main):
     """Call a script's `main`; a problem that the user can mend ends it with a sentence, status 2.
 

@@ -37,8 +37,11 @@ from init_directory import (
     add_common_options,
     at_least,
     figures_folder,
+    interval_text,
     load,
     paired_difference,
+    plot_band,
+    plot_difference,
     run,
     save,
     save_figure,
@@ -301,15 +304,6 @@ def summarise(result):
     return summary
 
 
-def plot_band(axes, x, values, **style):
-    """Plot the mean over runs of values: [epochs, runs], with a band of a standard deviation."""
-    mean, deviation = values.mean(1), values.std(1, ddof=1)
-    (line,) = axes.plot(x, mean, **style)
-    axes.fill_between(
-        x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, lw=0
-    )
-
-
 def draw_losses(result, against, title, path):
     """Draw Figure 5 (against epochs) or 13 (against seconds): training dashed, test solid."""
     axes = Figure(figsize=(4.2, 3.2)).add_subplot(title=title, ylabel="loss", yscale="log")
@@ -335,10 +329,7 @@ def draw_arms(result, title, path):
     for i, arm in enumerate(ARMS):
         loss = result["test_loss"][:, i]
         losses.plot(epochs, loss.mean(1), color=COLOURS[arm], label=arm)
-        rows = [paired_difference(*pair) for pair in zip(loss, plain)]
-        mean, low, high = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
-        differences.plot(epochs, mean, color=COLOURS[arm])
-        differences.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.2, lw=0)
+        plot_difference(differences, epochs, loss, plain, color=COLOURS[arm])
     losses.set(title=title, xlabel="epoch", ylabel="test loss", yscale="log")
     differences.set(title="difference to plain, 95 % interval", xlabel="epoch")
     losses.legend(fontsize="small")
@@ -366,10 +357,6 @@ def draw_moves(result, title, path):
 
 def table(summary):
     """Return the test losses and their paired differences as Markdown."""
-
-    def interval(d, digits):
-        return f"{d['mean']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
-
     epochs = list(next(iter(next(iter(summary.values())).values()))["after_epoch"])
     lines = [
         "| optimizer | arm | "
@@ -382,7 +369,7 @@ def table(summary):
             cells = [optimizer, arm]
             for at in entry["after_epoch"].values():
                 cells += [f"{at['test_loss']:.4f}"]
-                cells += [interval(at[key], 4) for key in ("minus_plain", "minus_reset")]
+                cells += [interval_text(at[key]) for key in ("minus_plain", "minus_reset")]
             reached = entry["reaches_plains_final_loss"]
             cells += [f"{reached['runs']}, {reached['epochs']}, {reached['seconds']}"]
             cells += [f"{entry['seconds_of_moves']:.2f}"]

@@ -37,8 +37,11 @@ from init_directory import (
     add_common_options,
     at_least,
     figures_folder,
+    interval_text,
     load,
     paired_difference,
+    plot_band,
+    plot_difference,
     run,
     save,
     save_figure,
@@ -402,10 +405,6 @@ def summarise(result):
 
 def table(name, summary):
     """Return a dataset's test losses and verdicts as Markdown."""
-
-    def interval(d):
-        return f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
-
     title = EXPERIMENTS[name].title
     lines = [
         f"| {title} | "
@@ -416,7 +415,7 @@ def table(name, summary):
     for arm, entry in summary["arms"].items():
         cells = [arm]
         for at in entry["after_epoch"].values():
-            cells += [f"{at['test_loss']:.4f}", interval(at["minus_plain"])]
+            cells += [f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -434,32 +433,19 @@ def table(name, summary):
     return "\n".join(lines) + "\n"
 
 
-def plot_band(axes, values, **style):
-    """Plot the mean over runs of values: [epochs, runs], with a band of a standard deviation."""
-    epochs = 1 + np.arange(len(values))
-    mean, deviation = values.mean(1), values.std(1, ddof=1)
-    (line,) = axes.plot(epochs, mean, **style)
-    axes.fill_between(
-        epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15, lw=0
-    )
-
-
 def draw_losses(name, result, quantity, path):
     """Draw Figure 4 for a quantity: training dashed, test solid; and the paired test loss."""
     figure = Figure(figsize=(8.4, 3.4))
     losses, differences = figure.subplots(1, 2)
-    plain = result["test_loss"][:, ARMS.index("plain")]
+    epochs, plain = 1 + np.arange(EPOCHS), result["test_loss"][:, ARMS.index("plain")]
     arms = ["plain", *(arm for arm in CLAIMS if arm.startswith(quantity))]
     for arm in arms:
         i, colour = ARMS.index(arm), COLOURS[arm]
-        plot_band(losses, result["train_loss"][:, i], color=colour, ls="--")
-        plot_band(losses, result["test_loss"][:, i], color=colour, label=arm)
+        plot_band(losses, epochs, result["train_loss"][:, i], color=colour, ls="--")
+        plot_band(losses, epochs, result["test_loss"][:, i], color=colour, label=arm)
     for arm in (*arms, CONTROLS[arms[-1]]):
-        rows = [paired_difference(*p) for p in zip(result["test_loss"][:, ARMS.index(arm)], plain)]
-        mean, low, high = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
-        epochs = 1 + np.arange(EPOCHS)
-        differences.plot(epochs, mean, color=COLOURS[arm], label=arm)
-        differences.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
+        loss = result["test_loss"][:, ARMS.index(arm)]
+        plot_difference(differences, epochs, loss, plain, color=COLOURS[arm], label=arm)
     losses.set(title=EXPERIMENTS[name].title, xlabel="epoch", ylabel="loss (dashed: training)")
     differences.set(
         title="test loss − plain's, 95 % interval",
