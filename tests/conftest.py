@@ -1,16 +1,21 @@
 """What the tests share: the published code's outputs and the inputs they belong to."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from init_directory import ROOT
-from models import LeakyReLU, init_weights
-from teleportation import random_directions, random_generators
+# tests are small: a second thread only waits, and badly where the machine has other work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+from init_directory import ROOT  # noqa: E402
+from models import LeakyReLU, init_weights  # noqa: E402
+from teleportation import random_directions, random_generators  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 

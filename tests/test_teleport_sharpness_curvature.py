@@ -9,6 +9,7 @@ import torch
 
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
+from init_directory import UserError
 from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
 from teleportation import act, curvature_along
 
@@ -24,6 +25,8 @@ def short(monkeypatch):
     monkeypatch.setattr(script, "EPOCHS_SHOWN", (13, 14, 15))
     monkeypatch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(directions=2))
     monkeypatch.setattr(script, "ESTIMATION_BATCHES", 2)
+    monkeypatch.setattr(script, "TELEPORT_BATCH", 300)
+    monkeypatch.setattr(script, "MEASURED_DIRECTIONS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +155,14 @@ def test_verdicts(claim, low, high, expected):
     assert script.verdict(claim, {"mean": 0, "low": low, "high": high}) == expected
 
 
-def test_the_sample_ends_with_table_and_figures(tmp_path, run_script):
-    options = ["--sample", "--dataset", "MNIST", "--runs", "2", "--output", tmp_path]
-    done = run_script("teleport_sharpness_curvature.py", *options)
-    assert done.returncode == 0, done.stderr
+def test_the_sample_ends_with_table_and_figures(short, tmp_path, monkeypatch, capsys):
+    def main(*more):
+        options = ["--sample", "--dataset", "MNIST", "--runs", "2", "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["script", *options, *more])
+        script.main()
+        return capsys.readouterr().out
+
+    printed = main()
     figures = tmp_path / "figures/sample/generalization"
     names = ["sharpness", "curvature", "sharpness_and_curvature_along_training"]
     expected = {f"MNIST_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
@@ -164,9 +171,21 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, run_script):
         "MNIST_table.md",
     }
     summary = json.loads((figures / "MNIST_summary.json").read_text())
-    assert summary["arms"]["plain"]["after_epoch"]["40"]["minus_plain"]["mean"] == 0
-    assert (figures / "MNIST_table.md").read_text("utf-8") in done.stdout
-    again = run_script("teleport_sharpness_curvature.py", *options, "--plot-only")
-    assert again.stdout == done.stdout
-    missing = run_script("teleport_sharpness_curvature.py", *options, "--plot-only", "--runs", "3")
-    assert missing.returncode == 2 and "run without --plot-only first" in missing.stderr
+    assert summary["arms"]["plain"]["after_epoch"]["15"]["minus_plain"]["mean"] == 0
+    assert (figures / "MNIST_table.md").read_text("utf-8") in printed
+    assert main("--plot-only") == printed
+    with pytest.raises(UserError, match="run without --plot-only first"):
+        main("--plot-only", "--runs", "3")
+
+
+def test_the_samples_teleports_are_a_tenth(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(script, "train", lambda data, experiment, *_: given.append(experiment))
+    monkeypatch.setattr(sys, "argv", ["script", "--sample", "--output", str(tmp_path)])
+    script.measure("CIFAR10", script.parse_arguments())
+    (experiment,) = given
+    published = script.EXPERIMENTS["CIFAR10"]
+    assert experiment.directions == 10 and experiment.longest == pytest.approx(0.5)
+    for arm, teleports in experiment.teleports.items():
+        assert teleports.lr == pytest.approx(0.1 * published.teleports[arm].lr)
+        assert teleports[:2] == published.teleports[arm][:2]
