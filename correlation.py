@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
 
 from data import load_data, shuffled_batch
 from init_directory import (
@@ -228,6 +227,8 @@ def measure(name, args):
 
 def correlate(a, b):
     """Return Pearson's r of a, b: [runs] with its 95 % interval and p-value, and Spearman's."""
+    from scipy import stats  # here: to import it takes a second, which a rank can do without
+
     pearson, spearman = stats.pearsonr(a, b), stats.spearmanr(a, b)
     interval = pearson.confidence_interval(0.95)
     return {
@@ -241,6 +242,8 @@ def correlate(a, b):
 
 def partial_correlation(a, b, given):
     """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed."""
+    from scipy import stats
+
     r_ab, r_ag, r_bg = (stats.pearsonr(*p).statistic for p in ((a, b), (a, given), (b, given)))
     return float((r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2)))
 
@@ -288,6 +291,8 @@ def table(summary, caption):
 
 def scatter(x, y, r, xlabel, ylabel, title, path):
     """Draw a scatter plot of two arrays [runs] with its line of least squares."""
+    from scipy import stats
+
     figure = Figure(figsize=(4, 3.2))
     axes = figure.subplots()
     axes.scatter(x, y, s=12, alpha=0.7, linewidths=0)

@@ -368,7 +368,8 @@ def main():
     for name in args.names:
         _files(name, args.root)  # an unknown name ends it before a long download
     for name in args.names or PATHS:
-        Path(args.root, CHECKED.format(name)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none
+            Path(args.root, CHECKED.format(name)).unlink()
         dataset = load_dataset(name, args.root)
         shapes = [list(x.shape) for x in (dataset.x_train, dataset.x_test)]
         print(f"{name}: training {shapes[0]}, test {shapes[1]}")
