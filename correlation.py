@@ -19,8 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
-from tqdm import tqdm
 
 from data import load_data, shuffled_batch
 from init_directory import (
@@ -29,11 +27,15 @@ from init_directory import (
     at_least,
     figures_folder,
     load,
+    mine,
+    progress,
     provenance,
+    rank_and_world,
     run,
     save,
     save_figure,
     save_text,
+    wait_for_all,
 )
 from models import LeakyReLU, evaluate, init_weights, train_epoch_sgd
 from teleportation import estimate
@@ -45,7 +47,7 @@ class Experiment(NamedTuple):
     widths: tuple  # d_0 … d_L
     lr: float  # SGD's learning rate
     radii: np.ndarray  # |t d| of the perturbations, one direction each
-    stack: int  # runs that train as one: as many as the caches serve well
+    stack: int  # runs that train as one: as many as a CPU's caches serve well
     title: str
 
 
@@ -111,24 +113,27 @@ def train_stack(data, experiment, runs, epochs, path, settings, bar):
     return state
 
 
-def estimate_all(stacks, data, experiment, batches, sphere, path, settings):
+def estimate_all(stacks, data, batches, sphere, path, settings):
     """Estimate φ and ψ of all networks on each batch; resume from `path`.
 
-    stacks: a list of stacks of weights. Returns the arrays saved at `path`: sharpness and curvature
-    [batches or more, runs], as many as an earlier run may have had.
+    stacks: a list of stacks of weights. Saves sharpness and curvature at `path`, [batches or more,
+    runs], as many as an earlier run may have had, and the seconds that they took.
     """
-    state = load(path, settings) or {"sharpness": [], "curvature": []}
-    rows = list(zip(state["sharpness"], state["curvature"]))
-    with tqdm(total=batches, initial=len(rows), unit="batch", desc=f"{data.name}: φ and ψ") as bar:
-        for k in range(len(rows), batches):
+    state = {"sharpness": [], "curvature": [], "seconds": 0.0} | (load(path, settings) or {})
+    rows, first = list(zip(state["sharpness"], state["curvature"])), len(state["sharpness"])
+    start = time.perf_counter() - state["seconds"]
+    desc = f"{data.name}: φ and ψ"
+    with progress(total=batches, initial=first, unit="batch", desc=desc) as bar:
+        for k in range(first, batches):
             x, y = shuffled_batch(data, ESTIMATION_BATCH, k)
-            estimates = estimate(stacks, x, y, experiment.radii, k, LeakyReLU(), sphere)
+            radii = EXPERIMENTS[data.name].radii
+            estimates = estimate(stacks, x, y, radii, k, LeakyReLU(), sphere)
             rows.append([quantity.cpu().numpy() for quantity in estimates])
             if len(rows) % SAVE_EVERY == 0 or len(rows) == batches:
-                state = dict(zip(("sharpness", "curvature"), map(np.stack, zip(*rows))))
-                save(path, settings, **state)
+                sharpness, curvature = map(np.stack, zip(*rows))
+                seconds = time.perf_counter() - start
+                save(path, settings, sharpness=sharpness, curvature=curvature, seconds=seconds)
             bar.update()
-    return state
 
 
 def places(name, args):
@@ -150,9 +155,12 @@ def places(name, args):
         "epochs": args.epochs,
         "device": args.device.type,
     }
-    stacks = {}
-    for first in range(0, args.runs, experiment.stack):
-        runs = range(args.runs)[first : first + experiment.stack]
+    stacks, whole = {}, folder / f"runs000-{args.runs - 1:03d}.npz"
+    # a GPU trains all runs as one stack; what it has made is drawn anywhere
+    one = args.device.type == "cuda" or whole.exists()
+    size = args.runs if one else experiment.stack
+    for first in range(0, args.runs, size):
+        runs = range(args.runs)[first : first + size]
         stacks[folder / f"runs{runs[0]:03d}-{runs[-1]:03d}.npz"] = runs
     estimate_settings = settings | {
         "runs": args.runs,
@@ -164,37 +172,48 @@ def places(name, args):
     return stacks, settings, estimates, estimate_settings
 
 
+def finished(path, settings):
+    """Return what `train_stack` has saved at `path` in the end. Raises UserError before that."""
+    state = load(path, settings)
+    if state is None or "test_loss" not in state:
+        raise UserError(f"{path} is missing or not finished: run without --plot-only first.")
+    return state
+
+
+def compute(args):
+    """Do this rank's share of what logs/ lacks: the training of stacks, then datasets' φ and ψ."""
+    share = mine([path for name in args.dataset for path in places(name, args)[0]])
+    for name in args.dataset:
+        stacks, settings, *_ = places(name, args)
+        own = {path: runs for path, runs in stacks.items() if path in share}
+        if own:
+            data = load_data(name, args)
+            total = len(own) * args.epochs
+            with progress(total=total, unit="epoch", desc=f"{name}: training") as bar:
+                for path, runs in own.items():
+                    train_stack(data, EXPERIMENTS[name], runs, args.epochs, path, settings, bar)
+    wait_for_all()
+    for name in mine(args.dataset):
+        stacks, settings, path, estimate_settings = places(name, args)
+        states = [weights_of(finished(stack, settings)) for stack in stacks]
+        weights = [[torch.tensor(w, device=args.device) for w in state] for state in states]
+        data = load_data(name, args)
+        estimate_all(weights, data, args.batches, args.sphere, path, estimate_settings)
+    wait_for_all()
+
+
 def measure(name, args):
     """Return test_loss, test_accuracy, sharpness, curvature: [runs], and how they were made.
 
-    What logs/ has already is read from there; the rest is computed, unless args.plot_only.
-    Raises UserError where that leaves results missing.
+    They are read from logs/. Raises UserError where they are missing.
     """
-    experiment = EXPERIMENTS[name]
-    stacks, settings, estimates_path, estimate_settings = places(name, args)
-    if args.plot_only:
-        states = [load(path, settings) for path in stacks]
-        for path, state in zip(stacks, states):
-            if state is None or "test_loss" not in state:
-                raise UserError(
-                    f"{path} is missing or not finished: run without --plot-only first."
-                )
-        estimates = load(estimates_path, estimate_settings) or {"sharpness": []}
-        if len(estimates["sharpness"]) < args.batches:
-            raise UserError(
-                f"{estimates_path} has {len(estimates['sharpness'])} of {args.batches} batches: "
-                "run without --plot-only first."
-            )
-    else:
-        data = load_data(name, args)
-        with tqdm(total=len(stacks) * args.epochs, unit="epoch", desc=f"{name}: training") as bar:
-            states = [
-                train_stack(data, experiment, runs, args.epochs, path, settings, bar)
-                for path, runs in stacks.items()
-            ]
-        weights = [[torch.tensor(w, device=args.device) for w in weights_of(s)] for s in states]
-        estimates = estimate_all(
-            weights, data, experiment, args.batches, args.sphere, estimates_path, estimate_settings
+    stacks, settings, path, estimate_settings = places(name, args)
+    states = [finished(stack, settings) for stack in stacks]
+    estimates = load(path, estimate_settings) or {"sharpness": []}
+    if len(estimates["sharpness"]) < args.batches:
+        raise UserError(
+            f"{path} has {len(estimates['sharpness'])} of {args.batches} batches: "
+            "run without --plot-only first."
         )
     return {
         "test_loss": np.concatenate([state["test_loss"] for state in states]).astype(float),
@@ -202,12 +221,14 @@ def measure(name, args):
         "sharpness": estimates["sharpness"][: args.batches].mean(0, dtype=float),
         "curvature": estimates["curvature"][: args.batches].mean(0, dtype=float),
         "training_seconds": sum(float(state["seconds"]) for state in states),
-        "made_with": provenance(estimates_path),
+        "made_with": provenance(path),
     }
 
 
 def correlate(a, b):
     """Return Pearson's r of a, b: [runs] with its 95 % interval and p-value, and Spearman's."""
+    from scipy import stats  # here: to import it takes a second, which a rank can do without
+
     pearson, spearman = stats.pearsonr(a, b), stats.spearmanr(a, b)
     interval = pearson.confidence_interval(0.95)
     return {
@@ -221,6 +242,8 @@ def correlate(a, b):
 
 def partial_correlation(a, b, given):
     """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed."""
+    from scipy import stats
+
     r_ab, r_ag, r_bg = (stats.pearsonr(*p).statistic for p in ((a, b), (a, given), (b, given)))
     return float((r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2)))
 
@@ -268,6 +291,8 @@ def table(summary, caption):
 
 def scatter(x, y, r, xlabel, ylabel, title, path):
     """Draw a scatter plot of two arrays [runs] with its line of least squares."""
+    from scipy import stats
+
     figure = Figure(figsize=(4, 3.2))
     axes = figure.subplots()
     axes.scatter(x, y, s=12, alpha=0.7, linewidths=0)
@@ -342,6 +367,10 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if not args.plot_only:
+        compute(args)
+    if rank_and_world()[0] > 0:
+        return
     folder = figures_folder(args, "correlation", PUBLISHED)
     new = {}
     for name in args.dataset:

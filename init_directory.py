@@ -4,10 +4,13 @@
 
 A result is an .npz file of arrays with the settings that made it, written to a temporary name and
 then renamed: a file under its own name is complete. Nothing here is a pickle.
+
+Under torchrun each rank does its share of the files, and rank 0 draws what all of them hold.
 """
 
 import argparse
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -52,12 +55,19 @@ def whole_file(path, mode="wb"):
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+            for other in path.parent.glob(f"{path.name}.*.part"):
+                if time.time() - other.stat().st_mtime > 3600:  # its process was killed
+                    other.unlink()
 
 
 def save(path, settings, **arrays):
     """Write arrays (or CPU tensors) and the settings that made them to the .npz file `path`."""
-    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    about = {"settings": settings, "made_with": made_with() | {"written": written}}
+    torch = sys.modules.get("torch")
+    now = {
+        "threads": torch and torch.get_num_threads(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    about = {"settings": settings, "made_with": made_with() | now}
     with whole_file(path) as file:
         np.savez(file, about=json.dumps(about), **{k: np.asarray(v) for k, v in arrays.items()})
 
@@ -128,8 +138,40 @@ def made_with():
         "commit": git or None,
         "python": sys.version.split()[0],
         "torch": torch and torch.__version__,
-        "threads": torch and torch.get_num_threads(),
     }
+
+
+def rank_and_world():
+    """Return this process's rank and how many there are: 0 and 1, but under torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def mine(units):
+    """Return this rank's share of a list, the same in all ranks, of what makes a file each."""
+    rank, world = rank_and_world()
+    return units[rank::world]
+
+
+def wait_for_all():
+    """Wait until all ranks are here. Raises UserError if another one has ended before."""
+    if rank_and_world()[1] == 1:
+        return
+    from torch import distributed
+
+    try:
+        work = distributed.barrier(async_op=True)
+        while not work.is_completed():  # work.wait() would not let Ctrl-C through
+            time.sleep(0.05)
+        work.wait()
+    except RuntimeError:
+        raise UserError("another rank has ended before its work was done.") from None
+
+
+def progress(**options):
+    """Return a progress bar, which only rank 0 shows."""
+    from tqdm import tqdm
+
+    return tqdm(disable=rank_and_world()[0] > 0, **options)
 
 
 def at_least(least):
@@ -144,9 +186,14 @@ def at_least(least):
 
 
 def device(text):
-    """An argparse type: a torch.device on which a tensor can be made here."""
+    """An argparse type: a torch.device on which a tensor can be made here.
+
+    cuda is the rank's own GPU of its machine.
+    """
     import torch  # only where it is needed: a script without networks starts in half the time
 
+    if text == "cuda":
+        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         probe = torch.zeros(1, device=text)
         probe.cpu()
@@ -160,7 +207,7 @@ def add_common_options(parser):
     add = parser.add_argument
     add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
     add("--plot-only", action="store_true", help="draw and print again what logs/ has")
-    add("--device", type=device, default="cpu", help="where to compute, such as cpu or cuda:0")
+    add("--device", type=device, default="cpu", help="where to compute, such as cpu, cuda, cuda:1")
     add("--data", default=ROOT / "data", help="the folder with the datasets; fetched if missing")
     add("--output", default=ROOT, help="the folder for logs/ and figures/")
 
@@ -213,14 +260,21 @@ def plot_difference(axes, x, values, reference, **style):
 def run(main):
     """Call a script's `main`; a problem that the user can mend ends it with a sentence, status 2.
 
-    An interrupt (Ctrl-C) ends it with status 130.
+    An interrupt (Ctrl-C) ends it with status 130. Under torchrun the ranks are connected first.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason
     made_with()  # now: the code may change while it runs
     name = Path(sys.argv[0]).name
+    rank, world = rank_and_world()
     try:
+        if world > 1:
+            from torch import distributed
+
+            name += f": rank {rank}"
+            # gloo for GPUs, too: what ranks compute goes through files, and they only wait here
+            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         main()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -231,7 +285,8 @@ def run(main):
         print("Whatever was saved is whole: mend this, and start again.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
+        if rank == 0:
+            print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
         sys.exit(130)
 
 

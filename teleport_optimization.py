@@ -29,7 +29,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from data import load_data, shuffled_batch
 from init_directory import (
@@ -39,13 +38,17 @@ from init_directory import (
     figures_folder,
     interval_text,
     load,
+    mine,
     paired_difference,
     plot_band,
     plot_difference,
+    progress,
+    rank_and_world,
     run,
     save,
     save_figure,
     save_text,
+    wait_for_all,
 )
 from models import MLP, LeakyReLU, evaluate, init_weights, train_epoch
 from teleportation import (
@@ -208,20 +211,15 @@ def train_stack(data, widths, experiment, stack, runs, epochs, path, settings, b
     return state
 
 
-def measure(name, optimizer, args):
-    """Return an optimizer's results on a dataset over all ARMS, from logs/ or computed.
-
-    Those are train_loss, test_loss, test_accuracy [epochs, arms, runs], seconds [epochs, arms],
-    after which an arm's runs, trained as one stack, end each epoch, and moves
-    [TELEPORTS, arms, 4, runs]. Raises UserError where args.plot_only leaves results missing.
-    """
-    experiment, widths = EXPERIMENTS[optimizer], WIDTHS[name]
+def place(optimizer, stack, args):
+    """Return the path of a stack's results in logs/ and the settings that they are made with."""
+    experiment = EXPERIMENTS[optimizer]
     folder = Path(args.output) / "logs" / "optimization"
-    folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
+    folder /= f"{args.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
     settings = {
-        "dataset": name,
+        "dataset": args.dataset,
         "sample": args.sample,
-        "widths": widths,
+        "widths": WIDTHS[args.dataset],
         "optimizer": optimizer,
         "teleport": [experiment.epoch, experiment.lr, TELEPORTS, STEPS, CAP, TELEPORT_BATCH],
         "seed": SEED,
@@ -229,30 +227,51 @@ def measure(name, optimizer, args):
         "epochs": args.epochs,
         "runs": args.runs,
         "device": args.device.type,
+        "stack": stack,
     }
-    data = None if args.plot_only else load_data(name, args)
+    return folder / f"{optimizer}-{stack}.npz", settings
+
+
+def compute(args):
+    """Do this rank's share of what logs/ lacks; the unit is a stack with an optimizer."""
+    data, widths = load_data(args.dataset, args), WIDTHS[args.dataset]
+    for optimizer, stack in mine([(name, stack) for name in args.optimizer for stack in STACKS]):
+        desc = f"{args.dataset}: {optimizer}, {stack}"
+        with progress(total=args.epochs, unit="epoch", desc=desc) as bar:
+            train_stack(
+                data,
+                widths,
+                EXPERIMENTS[optimizer],
+                stack,
+                args.runs,
+                args.epochs,
+                *place(optimizer, stack, args),
+                bar,
+            )
+    wait_for_all()
+
+
+def measure(optimizer, args):
+    """Return an optimizer's results over all ARMS, from logs/.
+
+    Those are train_loss, test_loss, test_accuracy [epochs, arms, runs], seconds [epochs, arms],
+    after which an arm's runs, trained as one stack, end each epoch, and moves
+    [TELEPORTS, arms, 4, runs]. Raises UserError where results are missing.
+    """
     states = []
-    total = 0 if args.plot_only else len(STACKS) * args.epochs
-    with tqdm(total=total, unit="epoch", desc=f"{name}: {optimizer}", disable=not total) as bar:
-        for stack in STACKS:
-            path = folder / f"{optimizer}-{stack}.npz"
-            about = settings | {"stack": stack}
-            if args.plot_only:
-                state = load(path, about)
-                if state is None or len(state["seconds"]) < args.epochs:
-                    raise UserError(f"{path} is not finished: run without --plot-only first.")
-            else:
-                state = train_stack(
-                    data, widths, experiment, stack, args.runs, args.epochs, path, about, bar
-                )
-            states.append(state)
+    for stack in STACKS:
+        path, settings = place(optimizer, stack, args)
+        state = load(path, settings)
+        if state is None or len(state["seconds"]) < args.epochs:
+            raise UserError(f"{path} is not finished: run without --plot-only first.")
+        states.append(state)
     result = {
         key: np.concatenate([state[key] for state in states], axis=1) for key in (*CURVES, "moves")
     }
     # all arms together take so long: each has an equal share, and its own moves' seconds
     training = sum(state["seconds"] for state in states).cumsum()[:, None] / len(ARMS)
     result["move_seconds"] = np.concatenate([state["move_seconds"] for state in states])
-    moved = np.arange(args.epochs)[:, None] >= experiment.epoch
+    moved = np.arange(args.epochs)[:, None] >= EXPERIMENTS[optimizer].epoch
     return result | {"seconds": training + moved * result["move_seconds"]}
 
 
@@ -404,10 +423,14 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if not args.plot_only:
+        compute(args)
+    if rank_and_world()[0] > 0:
+        return
     folder = figures_folder(args, "optimization", DEFAULTS)
     summary = {}
     for optimizer in args.optimizer:
-        result = measure(args.dataset, optimizer, args)
+        result = measure(optimizer, args)
         summary[optimizer] = summarise(result)
         title, path = f"{args.dataset}, {optimizer}", folder / f"{args.dataset}_{optimizer}"
         for against in ("epoch", "time"):

@@ -29,7 +29,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from data import load_data, shuffled_batch
 from init_directory import (
@@ -39,13 +38,17 @@ from init_directory import (
     figures_folder,
     interval_text,
     load,
+    mine,
     paired_difference,
     plot_band,
     plot_difference,
+    progress,
+    rank_and_world,
     run,
     save,
     save_figure,
     save_text,
+    wait_for_all,
 )
 from models import LeakyReLU, cross_entropy, evaluate, init_weights, train_epoch_sgd
 from teleportation import (
@@ -290,8 +293,8 @@ def train(data, experiment, runs, path, settings):
         weights = [torch.tensor(state[f"W{m}"]) for m in range(len(experiment.widths) - 1)]
     weights = [w.to(device) for w in weights]
     first = len(state["seconds"])
-    for epoch in tqdm(
-        range(first, EPOCHS), initial=first, total=EPOCHS, unit="epoch", desc=data.name
+    for epoch in progress(
+        iterable=range(first, EPOCHS), initial=first, total=EPOCHS, unit="epoch", desc=data.name
     ):
         start = time.perf_counter()
         try:
@@ -315,11 +318,8 @@ def train(data, experiment, runs, path, settings):
     return state
 
 
-def measure(name, args):
-    """Return the arrays of `train` for a dataset, from logs/ or computed.
-
-    Raises UserError where args.plot_only leaves results missing.
-    """
+def place(name, args):
+    """Return a dataset's Experiment, the path of its results in logs/ and their settings."""
     experiment = EXPERIMENTS[name]
     if args.sample:
         slower = {
@@ -346,8 +346,12 @@ def measure(name, args):
         "runs": args.runs,
         "device": args.device.type,
     }
-    if not args.plot_only:
-        return train(load_data(name, args), experiment, args.runs, path, settings)
+    return experiment, path, settings
+
+
+def measure(name, args):
+    """Return the arrays of `train` for a dataset from logs/. Raises UserError if they miss some."""
+    _, path, settings = place(name, args)
     state = load(path, settings)
     if state is None or len(state["seconds"]) < EPOCHS:
         raise UserError(f"{path} is not finished: run without --plot-only first.")
@@ -487,6 +491,13 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if not args.plot_only:
+        for name in mine(args.dataset):
+            experiment, path, settings = place(name, args)
+            train(load_data(name, args), experiment, args.runs, path, settings)
+        wait_for_all()
+    if rank_and_world()[0] > 0:
+        return
     folder = figures_folder(args, "generalization", {"runs": RUNS})
     for name in args.dataset:
         result = measure(name, args)

@@ -12,7 +12,8 @@ Two-layer regression, ½ |Y − W_1 σ(W_0 X)|², is minimised by the published 
 
 and by two that they are to be compared with: LSTM(lr), without T, and GD (tuned), with the step
 size that is best on training trajectories. Each method learns from several initial LSTMs. These
-are tasks of their own, which run in processes side by side and go on from logs/learn-to-teleport/.
+are tasks of their own, which run in processes side by side, or under torchrun in its ranks, and
+go on from logs/learn-to-teleport/.
 """
 
 import os
@@ -37,9 +38,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from init_directory import ROOT, UserError, at_least, load, run, save, save_figure, save_text
+from init_directory import (
+    ROOT,
+    UserError,
+    at_least,
+    load,
+    mine,
+    progress,
+    rank_and_world,
+    run,
+    save,
+    save_figure,
+    save_text,
+    wait_for_all,
+)
 from regression import (
     FIRST_LR,
     LR_RANGE,
@@ -130,11 +143,12 @@ def train(method, initialisation, path, settings, report):
     report(n): called after n trajectories. In the end `path` has the LSTMs' matrices and, for the
     trajectories of all TEST_SETS in turn, `loss` and `gradient_norm_squared`
     [TEST_STEPS + 1, trajectories]. Until then it has the number of `trained` trajectories and
-    Adam's state instead. Raises UserError where a loss is not finite in training.
+    Adam's state instead; always the seconds spent. Raises UserError where a loss is not finite in
+    training.
     """
     lstms, optimizers = new_training(method.networks, (initialisation + 1) * SEED)
-    state = load(path, settings) or {"trained": 0}
-    first = int(state["trained"])
+    state = {"trained": 0, "seconds": 0.0} | (load(path, settings) or {})
+    first, start = int(state["trained"]), time.perf_counter() - state["seconds"]
     if first:
         restore(lstms, optimizers, state)
         report(first)
@@ -145,12 +159,15 @@ def train(method, initialisation, path, settings, report):
         except FloatingPointError as error:
             raise UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
         if time.monotonic() - saved > SAVE_SECONDS:
-            save(path, settings, trained=i + 1, **matrices(lstms, optimizers))
+            seconds = time.perf_counter() - start
+            arrays = matrices(lstms, optimizers)
+            save(path, settings, trained=i + 1, seconds=seconds, **arrays)
             saved = time.monotonic()
         report(1)
     problem = draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
     loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
-    save(path, settings, loss=loss, gradient_norm_squared=norm, **matrices(lstms))
+    arrays = {"loss": loss, "gradient_norm_squared": norm, **matrices(lstms)}
+    save(path, settings, seconds=time.perf_counter() - start, **arrays)
 
 
 def start_worker(count, stop):
@@ -189,7 +206,7 @@ def run_tasks(tasks, processes):
     finally:
         signal.signal(signal.SIGINT, handler)
     try:
-        with tqdm(total=total, unit="trajectory", mininterval=1) as bar:
+        with progress(total=total, unit="trajectory", mininterval=1) as bar:
             pending = futures
             while pending:
                 done, pending = wait(pending, timeout=0.2)
@@ -219,6 +236,7 @@ def tasks(methods, initialisations, folder):
                 "ranges": [FIRST_LR, LR_RANGE, UPDATE_RANGE, T_NORM],
                 "test": [TEST_STEPS, TEST_SETS],
                 "seed": (i + 1) * SEED,
+                "device": "cpu",
             }
             path = folder / f"{re.sub('[^a-z]+', '-', name.lower()).strip('-')}-{i}.npz"
             listed.append((method, i, path, settings))
@@ -231,20 +249,30 @@ def finished(path, settings):
     return state if state and "loss" in state else None
 
 
-def measure(methods, args, folder):
-    """Return {method: the arrays of `train` for each initialisation}, from logs/ or computed.
+def compute(listed, processes):
+    """Do this rank's share of the tasks that logs/ lacks: all of them but under torchrun."""
+    todo = [task for task in mine(listed) if not finished(*task[2:])]
+    if rank_and_world()[1] == 1 and todo:
+        run_tasks(todo, processes)
+    else:  # the ranks are the processes side by side
+        total = sum(method.trajectories for method, *_ in todo)
+        with progress(total=total, unit="trajectory", mininterval=1) as bar:
+            for task in todo:
+                train(*task, bar.update)
+    wait_for_all()
 
-    Raises UserError where args.plot_only leaves some missing.
+
+def measure(methods, listed):
+    """Return {method: the arrays of `train` for each initialisation} of listed tasks, from logs/.
+
+    Raises UserError where some are missing.
     """
-    listed = tasks(methods, args.seeds, folder)
-    todo = [task for task in listed if not finished(*task[2:])]
-    if todo and args.plot_only:
-        raise UserError(f"{todo[0][2]} is not finished: run without --plot-only first.")
-    if todo:
-        run_tasks(todo, args.processes)
     results = {name: [] for name in methods}
     for _, _, path, settings in listed:
-        results[settings["method"]].append(finished(path, settings))
+        result = finished(path, settings)
+        if result is None:
+            raise UserError(f"{path} is not finished: run without --plot-only first.")
+        results[settings["method"]].append(result)
     return results
 
 
@@ -254,6 +282,7 @@ def seconds_a_step(methods, results, folder, plot_only):
     The median over REPEATS runs of CLAIMED_STEP steps with the first initialisation's LSTMs.
     """
     path, settings = folder / "seconds.npz", {"steps": CLAIMED_STEP, "repeats": REPEATS}
+    settings["device"] = "cpu"
     found = load(path, settings)
     if found is None:
         if plot_only:
@@ -442,7 +471,12 @@ def main():
     elif args.seeds != SEEDS:
         folder /= f"{args.seeds}seeds"
     logs = args.output / "logs" / f"learn-to-teleport{'-quick' * args.quick}"
-    results = measure(methods, args, logs)
+    listed = tasks(methods, args.seeds, logs)
+    if not args.plot_only:
+        compute(listed, args.processes)
+    if rank_and_world()[0] > 0:
+        return
+    results = measure(methods, listed)
     gd_lr = tune_gradient_descent()
     problem = draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
     for name, lr in (("GD", GD_LR), ("GD (tuned)", gd_lr)):

@@ -152,6 +152,20 @@ def figure_7(limit):
     return Row(seconds, math.nan, limit)
 
 
+def cold_start(limit):
+    """correlation.py on MNIST from a cold start to its first training step, with data/ there."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = (
+            f"import sys; sys.argv[1:] = '--dataset', 'MNIST', '--output', {folder!r}\n"
+            "import correlation\n"
+            "correlation.train_epoch_sgd = lambda *_: sys.exit()\n"
+            "correlation.main()"
+        )
+        command = [sys.executable, "-c", code]
+        seconds = best_seconds(lambda: subprocess.run(command, cwd=ROOT, check=True))
+    return Row(seconds, math.nan, limit)
+
+
 def figure_6(processes, limit, part=10, least=700):
     """The training and the tests of Figure 6's four methods, one initialisation.
 
@@ -178,6 +192,7 @@ ROWS = {
     "SGD, CIFAR-10: 100 runs, 40 epochs": lambda: sgd("CIFAR10", 5_000, limit=3900),
     "φ and ψ, MNIST: 100 networks, one batch": lambda: estimators("MNIST", limit=0.25),
     "φ and ψ, CIFAR-10: 100 networks, one batch": lambda: estimators("CIFAR10"),
+    "cold start of correlation.py, MNIST": lambda: cold_start(limit=6),
     "Figure 7": lambda: figure_7(limit=3),
     "Figure 6: one initialisation, 2 processes": lambda: figure_6(2, limit=150),
     **{

@@ -1,5 +1,6 @@
 """correlation.py: on the sample from end to end, resumed after a kill, and its estimators."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def results(folder):
     for path in sorted((folder / "logs").rglob("*.npz")):
         with np.load(path) as archive:
             for key in set(archive.files) - {"about", "seconds"}:
-                found[path.name, key] = archive[key]
+                found[f"{path.parent.name}/{path.name}", key] = archive[key]
     return found
 
 
@@ -104,9 +105,9 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, run
     assert {path.name for path in figures.iterdir()} == expected | {"summary.json", "table1.md"}
     entry = json.loads((figures / "summary.json").read_text())["datasets"]["MNIST"]
     arrays = results(tmp_path)
-    phi = arrays["estimates-4runs-orthant.npz", "sharpness"]
+    phi = arrays["MNIST-sample-2epochs/estimates-4runs-orthant.npz", "sharpness"]
     assert phi.shape == (3, 4) and entry["runs"] == 4
-    test_loss = arrays["runs000-003.npz", "test_loss"]
+    test_loss = arrays["MNIST-sample-2epochs/runs000-003.npz", "test_loss"]
     r = stats.pearsonr(phi.mean(0), test_loss).statistic
     assert entry["sharpness"]["pearson"] == pytest.approx(r, abs=1e-5)
     assert (figures / "table1.md").read_text("utf-8") in done.stdout
@@ -174,6 +175,23 @@ def test_more_batches_go_on_from_those_that_are_there(tmp_path, run_script):
     for batches in (2, 8):  # the sample's 1,000 images are shuffled anew after 5 batches
         run_script("correlation.py", *SMALL, "--batches", batches, "--output", twice)
     assert_same(results(once), results(twice))
+
+
+def test_what_a_gpu_trained_as_one_stack_is_drawn_anywhere(tmp_path):
+    args = dict(output=tmp_path, sample=False, epochs=40, runs=100, sphere=False)
+
+    def stacks(device):
+        paths, *_ = correlation.places(
+            "MNIST", argparse.Namespace(**args, device=torch.device(device))
+        )
+        return [path.name for path in paths]
+
+    assert stacks("cpu") == ["runs000-049.npz", "runs050-099.npz"]
+    assert stacks("cuda") == ["runs000-099.npz"]
+    log = tmp_path / "logs/correlation/MNIST-40epochs/runs000-099.npz"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert stacks("cpu") == ["runs000-099.npz"]
 
 
 def test_correlations_are_scipys_with_their_interval():

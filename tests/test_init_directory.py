@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from init_directory import (
     init_directory,
     load,
     made_with,
+    mine,
     paired_difference,
     provenance,
     run,
@@ -124,6 +126,38 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_other(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_ends_with_a_sentence_and_leaves_earlier_results_whole(tmp_path, capsys):
+    path, left, others = (tmp_path / name for name in ("a.npz", "a.npz.1.part", "a.npz.2.part"))
+    save(path, SETTINGS, a=np.ones(1))
+    left.touch()
+    os.utime(left, (0, 0))  # of a process that was killed long ago
+    others.touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SystemExit):
+            run(lambda: save(path, SETTINGS, a=np.ones(10_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{path}: File too large.\nWhatever was saved is whole" in capsys.readouterr().err
+    assert load(path, SETTINGS)["a"] == 1
+    assert set(tmp_path.iterdir()) == {path, others}
+
+
+def test_a_rank_has_every_so_many_th_unit_and_its_own_gpu(monkeypatch):
+    units = list(range(7))
+    assert mine(units) == units
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(mine(units))
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(argparse.ArgumentTypeError, match="no device 'cuda:99' here"):
+        device("cuda")
 
 
 def test_a_figure_is_saved_as_pdf_and_png_and_is_the_same_bytes_again(tmp_path):
