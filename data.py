@@ -253,8 +253,8 @@ def _fetch_splits(name, root):
     fetch(name, root)
     files, record = _files(name, root), Path(root, CHECKED.format(name))
     states = [(path, path.stat()) for path in map(_find, files)]
-    found = json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in states]) + "\n"
-    checked = record.exists() and record.read_text("utf-8") == found
+    found = json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in states])
+    checked = record.exists() and record.read_bytes() == found.encode()
     option = "" if Path(root) == DATA else f" --root {shlex.quote(str(root))}"
     advice = f"delete it, then run `python data.py {name}{option}` to fetch it again"
     splits = _read_splits(name, dict.fromkeys(files) if checked else files, advice)

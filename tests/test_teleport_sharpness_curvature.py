@@ -178,14 +178,12 @@ def test_the_sample_ends_with_table_and_figures(short, tmp_path, monkeypatch, ca
         main("--plot-only", "--runs", "3")
 
 
-def test_the_samples_teleports_are_a_tenth(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(script, "train", lambda data, experiment, *_: given.append(experiment))
-    monkeypatch.setattr(sys, "argv", ["script", "--sample", "--output", str(tmp_path)])
-    script.measure("CIFAR10", script.parse_arguments())
-    (experiment,) = given
+def test_the_samples_teleports_are_a_tenth(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--sample"])
+    experiment, _, settings = script.place("CIFAR10", script.parse_arguments())
     published = script.EXPERIMENTS["CIFAR10"]
     assert experiment.directions == 10 and experiment.longest == pytest.approx(0.5)
+    assert settings["directions"] == 10 and settings["teleports"] == experiment.teleports
     for arm, teleports in experiment.teleports.items():
         assert teleports.lr == pytest.approx(0.1 * published.teleports[arm].lr)
         assert teleports[:2] == published.teleports[arm][:2]
