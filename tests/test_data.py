@@ -27,8 +27,12 @@ FILE = {name: data.PATHS[name].format(next(iter(data.SHA256[name]))) for name in
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """Nothing outside this machine is asked: there are no mirrors, and packages fail."""
+def alone(monkeypatch, tmp_path):
+    """Nothing outside this machine is asked: there are no mirrors, and packages fail.
+
+    Nor is anything written to sample/.
+    """
+    monkeypatch.setattr(data, "CHECKED", str(tmp_path / data.CHECKED))
     for name in NAMES:
         monkeypatch.setitem(data.MIRRORS, name, ())
         monkeypatch.setitem(data.PACKAGES, name, "echo no such package >&2; exit 1")
