@@ -4,6 +4,7 @@ The loss is ½ |Y − W_1 σ(W_0 X)|². Everything but Adam is in NumPy and in c
 are small, and what counts is how fast an operation starts.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,17 @@ class ArrayLeakyReLU:
 
 
 ACTIVATION = ArrayLeakyReLU()
+HELPER = ThreadPoolExecutor(1)  # a thread for the second of two LSTMs
+
+
+def side_by_side(function, arguments):
+    """Return function(*a) for each a of one or two arguments; a second core takes the second.
+
+    Matrix products let go of Python's lock. What is computed doesn't depend on when.
+    """
+    first, *others = arguments
+    futures = [HELPER.submit(function, *other) for other in others]
+    return [function(*first), *(future.result() for future in futures)]
 
 
 class Network(NamedTuple):
@@ -163,11 +175,12 @@ def window(networks, lstms, states, problem, w, gradient, first, steps):
     outputs, records = [[] for _ in lstms], [[] for _ in lstms]
     gradients, before, Ts = [gradient], [], []
     for t in range(first, first + steps):
-        x, turn = gradient.ravel(), range(len(lstms))
-        for k in turn if t % 2 else reversed(turn):  # the cache has the one that came last
-            y, states[k], record = lstm_step(lstms[k], x, states[k])
+        x = gradient.ravel()
+        steps_taken = side_by_side(lstm_step, [(W, x, state) for W, state in zip(lstms, states)])
+        for k, (y, state, record) in enumerate(steps_taken):
             outputs[k].append(y)
             records[k].append(record)
+            states[k] = state
         given = name_outputs(networks, [y[-1] for y in outputs])
         w, T = step(w, gradient, given, problem, t)
         before.append(w)
@@ -193,11 +206,20 @@ def window(networks, lstms, states, problem, w, gradient, first, steps):
         low, high = np.array([lr_range(t) for t in range(first, first + steps)], w.dtype).T
         inside = (given["lr"][:, 0] >= low) & (given["lr"][:, 0] <= high)
         in_outputs["lr"] = -flat(in_w * gradients[:-1], 3).sum(-1, keepdims=True) * inside[:, None]
-    factors = [
-        backward(lstm, record, np.concatenate([in_outputs[name] for name in network.gives], -1))
-        for network, lstm, record in zip(networks, lstms, records)
+    in_outputs = [
+        np.concatenate([in_outputs[name] for name in network.gives], -1) for network in networks
     ]
+    factors = side_by_side(backward, list(zip(lstms, records, in_outputs)))
     return w, residual, gradient, factors
+
+
+def learn(optimizers, factors):
+    """Take a step of Adam for an LSTM; factors: of its matrices' gradients, from `backward`."""
+    for optimizer, (v, delta) in zip(optimizers, factors):
+        (W,) = optimizer.param_groups[0]["params"]
+        W.grad = torch.from_numpy(v.T @ delta)
+        optimizer.step()  # a matrix at a time, so that its gradient doesn't leave the cache
+        W.grad = None
 
 
 @np.errstate(all="ignore")  # a loss that is not finite raises
@@ -215,12 +237,8 @@ def train_trajectory(networks, lstms, optimizers, problem, steps):
         )
         if not np.isfinite(loss(residual)):
             raise FloatingPointError(f"the loss is not finite at step {first + UNROLL}")
-        pairs = [pair for lstm in factors for pair in lstm]
-        for optimizer, (v, delta) in zip(optimizers, pairs):
-            (W,) = optimizer.param_groups[0]["params"]
-            W.grad = torch.from_numpy(v.T @ delta)
-            optimizer.step()  # a matrix at a time, so that its gradient doesn't leave the cache
-            W.grad = None
+        own = [optimizers[3 * k : 3 * k + 3] for k in range(len(lstms))]  # an Adam for each matrix
+        side_by_side(learn, list(zip(own, factors)))
 
 
 def new_training(networks, seed):
