@@ -113,13 +113,16 @@ def train_stack(data, experiment, runs, epochs, path, settings, bar):
     return state
 
 
-def estimate_all(stacks, data, batches, sphere, path, settings):
+def estimate_all(stacks, test_loss, data, batches, sphere, path, settings):
     """Estimate φ and ψ of all networks on each batch; resume from `path`.
 
-    stacks: a list of stacks of weights. Saves sharpness and curvature at `path`, [batches or more,
+    stacks: a list of stacks of weights; test_loss: [runs], by which estimates of other networks are
+    known, and made anew. Saves it, sharpness and curvature at `path`, [batches or more,
     runs], as many as an earlier run may have had, and the seconds that they took.
     """
-    state = {"sharpness": [], "curvature": [], "seconds": 0.0} | (load(path, settings) or {})
+    state = load(path, settings) or {}
+    if not np.array_equal(state.get("test_loss"), test_loss):
+        state = {"sharpness": [], "curvature": [], "seconds": 0.0}
     rows, first = list(zip(state["sharpness"], state["curvature"])), len(state["sharpness"])
     start = time.perf_counter() - state["seconds"]
     desc = f"{data.name}: φ and ψ"
@@ -130,9 +133,9 @@ def estimate_all(stacks, data, batches, sphere, path, settings):
             estimates = estimate(stacks, x, y, radii, k, LeakyReLU(), sphere)
             rows.append([quantity.cpu().numpy() for quantity in estimates])
             if len(rows) % SAVE_EVERY == 0 or len(rows) == batches:
-                sharpness, curvature = map(np.stack, zip(*rows))
+                estimates = dict(zip(("sharpness", "curvature"), map(np.stack, zip(*rows))))
                 seconds = time.perf_counter() - start
-                save(path, settings, sharpness=sharpness, curvature=curvature, seconds=seconds)
+                save(path, settings, **estimates, test_loss=test_loss, seconds=seconds)
             bar.update()
 
 
@@ -195,10 +198,11 @@ def compute(args):
     wait_for_all()
     for name in mine(args.dataset):
         stacks, settings, path, estimate_settings = places(name, args)
-        states = [weights_of(finished(stack, settings)) for stack in stacks]
-        weights = [[torch.tensor(w, device=args.device) for w in state] for state in states]
+        states = [finished(stack, settings) for stack in stacks]
+        weights = [[torch.tensor(w, device=args.device) for w in weights_of(s)] for s in states]
+        test_loss = np.concatenate([state["test_loss"] for state in states])
         data = load_data(name, args)
-        estimate_all(weights, data, args.batches, args.sphere, path, estimate_settings)
+        estimate_all(weights, test_loss, data, args.batches, args.sphere, path, estimate_settings)
     wait_for_all()
 
 
@@ -209,14 +213,19 @@ def measure(name, args):
     """
     stacks, settings, path, estimate_settings = places(name, args)
     states = [finished(stack, settings) for stack in stacks]
+    test_loss = np.concatenate([state["test_loss"] for state in states])
     estimates = load(path, estimate_settings) or {"sharpness": []}
+    if len(estimates["sharpness"]) and not np.array_equal(estimates.get("test_loss"), test_loss):
+        raise UserError(
+            f"{path} is of other networks than logs/ has: run without --plot-only first."
+        )
     if len(estimates["sharpness"]) < args.batches:
         raise UserError(
             f"{path} has {len(estimates['sharpness'])} of {args.batches} batches: "
             "run without --plot-only first."
         )
     return {
-        "test_loss": np.concatenate([state["test_loss"] for state in states]).astype(float),
+        "test_loss": test_loss.astype(float),
         "test_accuracy": np.concatenate([state["test_accuracy"] for state in states]),
         "sharpness": estimates["sharpness"][: args.batches].mean(0, dtype=float),
         "curvature": estimates["curvature"][: args.batches].mean(0, dtype=float),

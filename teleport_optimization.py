@@ -214,13 +214,14 @@ def train_stack(data, widths, experiment, stack, runs, epochs, path, settings, b
 def place(optimizer, stack, args):
     """Return the path of a stack's results in logs/ and the settings that they are made with."""
     experiment = EXPERIMENTS[optimizer]
+    like = experiment.optimizer([torch.zeros(1, requires_grad=True)])
     folder = Path(args.output) / "logs" / "optimization"
     folder /= f"{args.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
     settings = {
         "dataset": args.dataset,
         "sample": args.sample,
         "widths": WIDTHS[args.dataset],
-        "optimizer": optimizer,
+        "optimizer": [optimizer, type(like).__name__, like.defaults],
         "teleport": [experiment.epoch, experiment.lr, TELEPORTS, STEPS, CAP, TELEPORT_BATCH],
         "seed": SEED,
         "batch": BATCH,

@@ -1,7 +1,7 @@
 """Learning to teleport: LSTMs that give the group element, the step size or the update. Figure 6.
 
     cd learn-to-teleport && python multi_layer_regression.py     # or from the folder above
-    python multi_layer_regression.py --quick                     # a hundredth of the training
+    python multi_layer_regression.py --quick                     # on 1 to 7 trajectories
 
 Two-layer regression, ½ |Y − W_1 σ(W_0 X)|², is minimised by the published methods
 
@@ -282,7 +282,7 @@ def seconds_a_step(methods, results, folder, plot_only):
     The median over REPEATS runs of CLAIMED_STEP steps with the first initialisation's LSTMs.
     """
     path, settings = folder / "seconds.npz", {"steps": CLAIMED_STEP, "repeats": REPEATS}
-    settings["device"] = "cpu"
+    settings |= {"device": "cpu", "networks": {name: methods[name].networks for name in methods}}
     found = load(path, settings)
     if found is None:
         if plot_only:
@@ -445,7 +445,7 @@ def parse_arguments():
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
-    add("--quick", action="store_true", help=f"train on {QUICK} times fewer trajectories")
+    add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
     add("--processes", type=at_least(1), default=cores, help="how many tasks run side by side")
     add("--plot-only", action="store_true", help="draw and print again what logs/ has")
     add(

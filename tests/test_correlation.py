@@ -177,6 +177,19 @@ def test_more_batches_go_on_from_those_that_are_there(tmp_path, run_script):
     assert_same(results(once), results(twice))
 
 
+def test_estimates_of_other_networks_are_made_anew(tmp_path):
+    data, widths = load_sample("MNIST"), correlation.EXPERIMENTS["MNIST"].widths
+    found = []
+    for seeds in ([1, 2], [1, 2], [3, 4]):
+        stacks, test_loss = [init_weights(widths, seeds)], np.array(seeds)
+        correlation.estimate_all(stacks, test_loss, data, 2, False, tmp_path / "e.npz", {})
+        found.append(correlation.load(tmp_path / "e.npz", {}))
+    first, again, other = found
+    assert first["seconds"] == again["seconds"] and again["seconds"] != other["seconds"]
+    assert (first["sharpness"] != other["sharpness"]).all()
+    np.testing.assert_array_equal(other["test_loss"], [3, 4])
+
+
 def test_what_a_gpu_trained_as_one_stack_is_drawn_anywhere(tmp_path):
     args = dict(output=tmp_path, sample=False, epochs=40, runs=100, sphere=False)
 
