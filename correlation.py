@@ -125,11 +125,10 @@ def estimate_all(stacks, test_loss, data, batches, sphere, path, settings):
         state = {"sharpness": [], "curvature": [], "seconds": 0.0}
     rows, first = list(zip(state["sharpness"], state["curvature"])), len(state["sharpness"])
     start = time.perf_counter() - state["seconds"]
-    desc = f"{data.name}: φ and ψ"
+    radii, desc = EXPERIMENTS[data.name].radii, f"{data.name}: φ and ψ"
     with progress(total=batches, initial=first, unit="batch", desc=desc) as bar:
         for k in range(first, batches):
             x, y = shuffled_batch(data, ESTIMATION_BATCH, k)
-            radii = EXPERIMENTS[data.name].radii
             estimates = estimate(stacks, x, y, radii, k, LeakyReLU(), sphere)
             rows.append([quantity.cpu().numpy() for quantity in estimates])
             if len(rows) % SAVE_EVERY == 0 or len(rows) == batches:

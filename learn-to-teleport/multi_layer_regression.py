@@ -120,6 +120,11 @@ def training_seeds(trajectories):
     return [n * n * 12345 - 1 for n in range(1, trajectories + 1)]
 
 
+def draw_tests():
+    """Return the trajectories of all TEST_SETS in turn, as one stack."""
+    return draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+
+
 def tune_gradient_descent():
     """Return the step size with the least median loss at CLAIMED_STEP on training trajectories.
 
@@ -164,7 +169,7 @@ def train(method, initialisation, path, settings, report):
             save(path, settings, trained=i + 1, seconds=seconds, **arrays)
             saved = time.monotonic()
         report(1)
-    problem = draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+    problem = draw_tests()
     loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
     arrays = {"loss": loss, "gradient_norm_squared": norm, **matrices(lstms)}
     save(path, settings, seconds=time.perf_counter() - start, **arrays)
@@ -478,7 +483,7 @@ def main():
         return
     results = measure(methods, listed)
     gd_lr = tune_gradient_descent()
-    problem = draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+    problem = draw_tests()
     for name, lr in (("GD", GD_LR), ("GD (tuned)", gd_lr)):
         curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
         results[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
