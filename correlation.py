@@ -10,57 +10,49 @@ to logs/correlation/; a run that was interrupted goes on from there and ends wit
 """
 
 import argparse
-import contextlib
 import json
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data import load_data, shuffled_batch
+from data import TITLES, load_data, shuffled_batch
 from init_directory import (
     UserError,
-    add_common_options,
     at_least,
+    compute_and_report,
+    experiment_parser,
     figures_folder,
     load,
+    markdown,
     mine,
     progress,
     provenance,
-    rank_and_world,
     run,
     save,
     save_figure,
     save_text,
+    unfinished,
     wait_for_all,
 )
 from models import LeakyReLU, evaluate, init_weights, train_epoch_sgd
-from teleportation import estimate
+from teleportation import RADII, estimate
 
 
 class Experiment(NamedTuple):
-    """What a dataset's networks are, and how they are trained and perturbed."""
+    """What a dataset's networks are, and how they are trained."""
 
     widths: tuple  # d_0 … d_L
     lr: float  # SGD's learning rate
-    radii: np.ndarray  # |t d| of the perturbations, one direction each
     stack: int  # runs that train as one: as many as a CPU's caches serve well
-    title: str
 
 
 EXPERIMENTS = {
-    "MNIST": Experiment(
-        (784, 16, 10, 10), 1e-2, np.arange(0.001, 0.2, 0.01), stack=50, title="MNIST"
-    ),
-    "FashionMNIST": Experiment(
-        (784, 16, 10, 10), 1e-2, np.arange(0.0001, 0.02, 0.001), stack=50, title="Fashion-MNIST"
-    ),
-    "CIFAR10": Experiment(
-        (3072, 128, 32, 10), 2e-2, np.arange(0.0001, 0.02, 0.001), stack=25, title="CIFAR-10"
-    ),
+    "MNIST": Experiment((784, 16, 10, 10), 1e-2, stack=50),
+    "FashionMNIST": Experiment((784, 16, 10, 10), 1e-2, stack=50),
+    "CIFAR10": Experiment((3072, 128, 32, 10), 2e-2, stack=25),
 }
 PUBLISHED_R = {  # Table 1: Pearson's r with the test loss
     "sharpness": {"MNIST": 0.704, "FashionMNIST": 0.790, "CIFAR10": 0.899},
@@ -125,11 +117,11 @@ def estimate_all(stacks, test_loss, data, batches, sphere, path, settings):
         state = {"sharpness": [], "curvature": [], "seconds": 0.0}
     rows, first = list(zip(state["sharpness"], state["curvature"])), len(state["sharpness"])
     start = time.perf_counter() - state["seconds"]
-    radii, desc = EXPERIMENTS[data.name].radii, f"{data.name}: φ and ψ"
+    desc = f"{data.name}: φ and ψ"
     with progress(total=batches, initial=first, unit="batch", desc=desc) as bar:
         for k in range(first, batches):
             x, y = shuffled_batch(data, ESTIMATION_BATCH, k)
-            estimates = estimate(stacks, x, y, radii, k, LeakyReLU(), sphere)
+            estimates = estimate(stacks, x, y, RADII[data.name], k, LeakyReLU(), sphere)
             rows.append([quantity.cpu().numpy() for quantity in estimates])
             if len(rows) % SAVE_EVERY == 0 or len(rows) == batches:
                 estimates = dict(zip(("sharpness", "curvature"), map(np.stack, zip(*rows))))
@@ -145,7 +137,7 @@ def places(name, args):
     estimates and their settings.
     """
     experiment, kind = EXPERIMENTS[name], "sphere" if args.sphere else "orthant"
-    folder = Path(args.output) / "logs" / "correlation"
+    folder = args.output / "logs" / "correlation"
     folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs"
     settings = {
         "dataset": name,
@@ -167,7 +159,7 @@ def places(name, args):
     estimate_settings = settings | {
         "runs": args.runs,
         "estimation_batch": ESTIMATION_BATCH,
-        "radii": list(experiment.radii),
+        "radii": list(RADII[name]),
         "directions": kind,
     }
     estimates = folder / f"estimates-{args.runs}runs-{kind}.npz"
@@ -178,7 +170,7 @@ def finished(path, settings):
     """Return what `train_stack` has saved at `path` in the end. Raises UserError before that."""
     state = load(path, settings)
     if state is None or "test_loss" not in state:
-        raise UserError(f"{path} is missing or not finished: run without --plot-only first.")
+        raise unfinished(path)
     return state
 
 
@@ -202,7 +194,6 @@ def compute(args):
         test_loss = np.concatenate([state["test_loss"] for state in states])
         data = load_data(name, args)
         estimate_all(weights, test_loss, data, args.batches, args.sphere, path, estimate_settings)
-    wait_for_all()
 
 
 def measure(name, args):
@@ -213,16 +204,12 @@ def measure(name, args):
     stacks, settings, path, estimate_settings = places(name, args)
     states = [finished(stack, settings) for stack in stacks]
     test_loss = np.concatenate([state["test_loss"] for state in states])
-    estimates = load(path, estimate_settings) or {"sharpness": []}
-    if len(estimates["sharpness"]) and not np.array_equal(estimates.get("test_loss"), test_loss):
-        raise UserError(
-            f"{path} is of other networks than logs/ has: run without --plot-only first."
-        )
+    estimates = load(path, estimate_settings) or {"sharpness": [], "test_loss": test_loss}
+    if not np.array_equal(estimates.get("test_loss"), test_loss):
+        raise UserError(f"{path} is of other networks: run without --plot-only first.")
     if len(estimates["sharpness"]) < args.batches:
-        raise UserError(
-            f"{path} has {len(estimates['sharpness'])} of {args.batches} batches: "
-            "run without --plot-only first."
-        )
+        has = f"has {len(estimates['sharpness'])} of {args.batches} batches"
+        raise UserError(f"{path} {has}: run without --plot-only first.")
     return {
         "test_loss": test_loss.astype(float),
         "test_accuracy": np.concatenate([state["test_accuracy"] for state in states]),
@@ -278,11 +265,6 @@ def summarise(name, result):
 
 def table(summary, caption):
     """Return Table 1 as Markdown, beside the published numbers."""
-    titles = [EXPERIMENTS[name].title for name in summary]
-    lines = [
-        "| correlation with the test loss | " + " | ".join(titles) + " |",
-        "|---" * (len(titles) + 1) + "|",
-    ]
     formats = {
         "Pearson's r [95 % interval]": "{pearson:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]",
         "p-value": "{p:.2g}",
@@ -290,118 +272,85 @@ def table(summary, caption):
         "Spearman's ρ": "{spearman:.3f}",
         "partial r, given the other": "{given_the_other:.3f}",
     }
-    for quantity, symbol in SYMBOLS.items():
-        for label, form in formats.items():
-            cells = [form.format(**entry[quantity]) for entry in summary.values()]
-            lines.append(f"| {quantity} {symbol}: {label} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", caption, ""])
+    header = ["correlation with the test loss", *(TITLES[name] for name in summary)]
+    rows = [
+        [f"{quantity} {symbol}: {label}", *(f.format(**e[quantity]) for e in summary.values())]
+        for quantity, symbol in SYMBOLS.items()
+        for label, f in formats.items()
+    ]
+    return f"{markdown(header, rows)}\n{caption}\n"
 
 
-def scatter(x, y, r, xlabel, ylabel, title, path):
-    """Draw a scatter plot of two arrays [runs] with its line of least squares."""
+def scatter(a, b, r, labels, title, path):
+    """Draw a scatter plot of two arrays [runs], which correlate with r, and their line."""
     from scipy import stats
 
-    figure = Figure(figsize=(4, 3.2))
-    axes = figure.subplots()
-    axes.scatter(x, y, s=12, alpha=0.7, linewidths=0)
-    ends = np.array([x.min(), x.max()])
-    line = stats.linregress(x, y)
+    axes = Figure(figsize=(4, 3.2)).add_subplot(xlabel=labels[0], ylabel=labels[1], title=title)
+    axes.scatter(a, b, s=12, alpha=0.7, linewidths=0)
+    ends, line = np.array([a.min(), a.max()]), stats.linregress(a, b)
     axes.plot(ends, line.slope * ends + line.intercept, color="black", label=f"r = {r:.3f}")
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend()
-    save_figure(figure, path)
+    save_figure(axes.figure, path)
 
 
 def draw(name, result, summary, folder):
     """Draw a dataset's three scatter plots: Figure 9 (test loss) and Figure 10 (ψ against φ)."""
-    labels = {
-        "sharpness": "sharpness φ",
-        "curvature": "curvature ψ",
-        "test_loss": "validation loss",
-    }
-    for x, y, correlation in (
-        ("curvature", "test_loss", summary["curvature"]),
-        ("sharpness", "test_loss", summary["sharpness"]),
-        ("sharpness", "curvature", summary["sharpness_and_curvature"]),
+    labels = {"test_loss": "validation loss"} | {q: f"{q} {s}" for q, s in SYMBOLS.items()}
+    for a, b, key in (
+        ("curvature", "test_loss", "curvature"),
+        ("sharpness", "test_loss", "sharpness"),
+        ("sharpness", "curvature", "sharpness_and_curvature"),
     ):
-        scatter(
-            result[x],
-            result[y],
-            correlation["pearson"],
-            labels[x],
-            labels[y],
-            EXPERIMENTS[name].title,
-            folder / f"{name}_{y}_vs_{x}",
-        )
+        r, path = summary[key]["pearson"], folder / f"{name}_{b}_vs_{a}"
+        scatter(result[a], result[b], r, (labels[a], labels[b]), TITLES[name], path)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--dataset", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which data")
-    add(
-        "--runs",
-        type=at_least(4),
-        default=PUBLISHED["runs"],
-        help="networks for each dataset, at least 4",
-    )
-    add(
-        "--epochs",
-        type=at_least(1),
-        default=PUBLISHED["epochs"],
-        help="passes over the training images",
-    )
-    add(
-        "--batches",
-        type=at_least(1),
-        help=f"batches of {ESTIMATION_BATCH} images that φ and ψ are estimated on "
-        f"(default: {PUBLISHED['batches']}; 20 with --sample)",
-        default=argparse.SUPPRESS,
-    )
-    add(
-        "--sphere",
-        action="store_true",
-        help="draw φ's directions on the sphere, not on its positive orthant as published",
-    )
-    add_common_options(parser)
-    args = parser.parse_args()
-    return argparse.Namespace(
-        **({"batches": 20 if args.sample else PUBLISHED["batches"]} | vars(args))
-    )
-
-
-def main():
-    args = parse_arguments()
-    if not args.plot_only:
-        compute(args)
-    if rank_and_world()[0] > 0:
-        return
-    folder = figures_folder(args, "correlation", PUBLISHED)
-    new = {}
-    for name in args.dataset:
-        result = measure(name, args)
-        new[name] = summarise(name, result)
-        draw(name, result, new[name], folder)
-    settings = {key: vars(args)[key] for key in (*PUBLISHED, "sample")}
-    summary = {"settings": settings, "datasets": new}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        # keep the entries of the datasets that were not asked for, if they are comparable
-        earlier = json.loads((folder / "summary.json").read_text("utf-8"))
-        if earlier["settings"] == settings:
-            entries = earlier["datasets"] | new
-            summary["datasets"] = {name: entries[name] for name in EXPERIMENTS if name in entries}
+def report(args):
+    """Draw and print what logs/ has of the datasets asked for, and of others with such settings."""
+    folder, summary = figures_folder(args, "correlation", PUBLISHED), {}
+    for name in EXPERIMENTS:
+        try:
+            result = measure(name, args)
+        except UserError:
+            if name in args.dataset:
+                raise
+            continue
+        summary[name] = summarise(name, result)
+        if name in args.dataset:
+            draw(name, result, summary[name], folder)
     caption = (
         f"{args.runs} networks, {args.epochs} epochs, {args.batches} batches, directions on the "
         f"{'sphere' if args.sphere else 'positive orthant'}"
         f"{'; the sample of 1,000 images, not the data of the published numbers' * args.sample}."
     )
-    text = table(summary["datasets"], caption)
-    save_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    save_text(folder / "table1.md", text)
-    print(f"\n{text}\nFigures, summary.json and table1.md are in {folder}")
+    settings = {key: vars(args)[key] for key in (*PUBLISHED, "sample")}
+    text = json.dumps({"settings": settings, "datasets": summary}, indent=1)
+    save_text(folder / "summary.json", text + "\n")
+    save_text(folder / "table1.md", table(summary, caption))
+    print(f"\n{table(summary, caption)}\nFigures, summary.json and table1.md are in {folder}")
+
+
+def parse_arguments():
+    parser = experiment_parser(__doc__)
+    add, published = parser.add_argument, PUBLISHED
+    add("--dataset", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which data")
+    add("--runs", type=at_least(4), default=published["runs"], help="networks of each dataset")
+    add("--epochs", type=at_least(1), default=published["epochs"], help="passes over the images")
+    add(
+        "--batches",
+        type=at_least(1),
+        help=f"batches of {ESTIMATION_BATCH} images that φ and ψ are estimated on "
+        f"(default: {published['batches']}; 20 with --sample)",
+        default=argparse.SUPPRESS,
+    )
+    add("--sphere", action="store_true", help="draw φ's directions on the sphere, not the orthant")
+    args = parser.parse_args()
+    batches = 20 if args.sample else published["batches"]
+    return argparse.Namespace(**({"batches": batches} | vars(args)))
+
+
+def main():
+    compute_and_report(parse_arguments(), compute, report)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from init_directory import ROOT, UserError, run, save_text, whole_file
 
 DATA = ROOT / "data"
 SAMPLE = ROOT / "sample"
+TITLES = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST", "CIFAR10": "CIFAR-10"}
 PATHS = {
     "MNIST": "MNIST/raw/{}-ubyte",
     "FashionMNIST": "FashionMNIST/raw/{}-ubyte",

@@ -202,14 +202,33 @@ def device(text):
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here; try cpu") from None
 
 
-def add_common_options(parser):
-    """Add the options that all scripts on the datasets have."""
+def experiment_parser(doc, on_datasets=True):
+    """Return a parser with the options that all experiments have; doc: the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
-    add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
     add("--plot-only", action="store_true", help="draw and print again what logs/ has")
-    add("--device", type=device, default="cpu", help="where to compute, such as cpu, cuda, cuda:1")
-    add("--data", default=ROOT / "data", help="the folder with the datasets; fetched if missing")
-    add("--output", default=ROOT, help="the folder for logs/ and figures/")
+    add("--output", type=Path, default=ROOT, help="the folder for logs/ and the figures")
+    if on_datasets:
+        add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
+        add("--device", type=device, default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
+        add("--data", type=Path, default=ROOT / "data", help="the datasets; fetched if missing")
+    return parser
+
+
+def compute_and_report(args, compute, report):
+    """Let each rank compute(args) what logs/ lacks, then rank 0 report(args) what logs/ has."""
+    if not args.plot_only:
+        compute(args)
+        wait_for_all()
+    if rank_and_world()[0] == 0:
+        report(args)
+
+
+def unfinished(path):
+    """Return the error that a result is missing, or not whole, where it is to be reported."""
+    return UserError(f"{path} is missing or not finished: run without --plot-only first.")
 
 
 def figures_folder(args, name, published):
@@ -218,12 +237,18 @@ def figures_folder(args, name, published):
     published: {option: value}. So a run with other settings doesn't replace what is published here.
     """
     if args.sample:
-        return Path(args.output) / "figures" / "sample" / name
+        return args.output / "figures" / "sample" / name
     for option, value in published.items():
         chosen = vars(args)[option]
         if chosen != value:
             name += f"-{option}" if chosen is True else f"-{chosen}{option}"
-    return Path(args.output) / "figures" / name
+    return args.output / "figures" / name
+
+
+def markdown(header, rows):
+    """Return a table in Markdown; header: a list of cells, text; rows: lists of such."""
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (header, *rows)]
+    return "".join([lines[0], "|---" * len(header), "|\n", *lines[1:]])
 
 
 def paired_difference(a, b):
@@ -234,6 +259,21 @@ def paired_difference(a, b):
     mean = difference.mean()
     half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
     return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half)}
+
+
+def losses_after(epochs, loss, others):
+    """Return {epoch: {test_loss: its mean over runs, minus_…: paired differences to others}}.
+
+    loss: [epochs, runs], after each epoch; others: {name: such losses}.
+    """
+    after = {}
+    for epoch in epochs:
+        now = loss[epoch - 1]
+        after[epoch] = {"test_loss": float(now.mean(dtype=float))} | {
+            f"minus_{name}": paired_difference(now, other[epoch - 1])
+            for name, other in others.items()
+        }
+    return after
 
 
 def interval_text(difference):

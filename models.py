@@ -6,6 +6,7 @@ function treats each index of them alone, so that a hundred networks train as on
 stack see the same mini-batches in the same order.
 """
 
+from itertools import pairwise
 from numbers import Integral
 
 import torch
@@ -44,7 +45,7 @@ def init_weights(widths, seeds):
         return [torch.stack(layer) for layer in zip(*(init_weights(widths, s) for s in seeds))]
     generator = torch.Generator().manual_seed(int(seeds))
     weights = []
-    for fan_in, fan_out in zip(widths, widths[1:]):
+    for fan_in, fan_out in pairwise(widths):
         k = 1 / fan_in**0.5
         weights.append(2 * k * torch.rand(fan_out, fan_in, generator=generator) - k)
     return weights
@@ -123,6 +124,16 @@ def check_finite(losses):
         raise FloatingPointError(
             f"the loss of run {run} of the stack is not finite at step {step} of the epoch"
         )
+
+
+def split_epoch(images, moves, batch_size):
+    """Return the parts of an epoch before whose first `moves` mini-batches something is done.
+
+    They are pairs, the slice of the images and how many mini-batches it has: `moves` times one
+    mini-batch, and the rest.
+    """
+    ends = [*(batch_size * k for k in range(moves + 1)), images]
+    return [(slice(a, b), -(-(b - a) // batch_size)) for a, b in pairwise(ends)]
 
 
 @torch.no_grad()

@@ -17,13 +17,9 @@ An optimizer's runs of all arms train side by side as two stacks, one that keeps
 that rebuilds it. Results go to logs/optimization/; an interrupted run goes on from there.
 """
 
-import argparse
 import json
-import math
 import time
 from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,30 +29,26 @@ from matplotlib.figure import Figure
 from data import load_data, shuffled_batch
 from init_directory import (
     UserError,
-    add_common_options,
     at_least,
+    compute_and_report,
+    experiment_parser,
     figures_folder,
     interval_text,
     load,
+    losses_after,
+    markdown,
     mine,
-    paired_difference,
     plot_band,
     plot_difference,
     progress,
-    rank_and_world,
     run,
     save,
     save_figure,
     save_text,
-    wait_for_all,
+    unfinished,
 )
-from models import MLP, LeakyReLU, evaluate, init_weights, train_epoch
-from teleportation import (
-    act,
-    loss_and_gradient_norm_squared,
-    random_group_elements,
-    teleport,
-)
+from models import MLP, LeakyReLU, evaluate, init_weights, split_epoch, train_epoch
+from teleportation import act, loss_and_gradient_norm_squared, random_group_elements, teleport
 
 WIDTHS = {
     "MNIST": (784, 16, 10, 10),
@@ -130,18 +122,16 @@ def train_epoch_with_moves(model, arms, data, experiment, optimizer, rebuild):
     [TELEPORTS, arms, 4, runs], and the moves' seconds: [arms].
     """
     x, y = data.x_train, data.y_train
-    starts = [k * BATCH for k in range(TELEPORTS)]
-    loss, measured, seconds = 0, [], 0
-    for k, (first, last) in enumerate(pairwise([*starts, TELEPORTS * BATCH, len(x)])):
+    loss, count, moves = 0, 0, []
+    for k, (rows, batches) in enumerate(split_epoch(len(x), TELEPORTS, BATCH)):
         if k < TELEPORTS:
-            result = move(model.weights, arms, data, k, experiment.lr)
-            measured.append(result[0])
-            seconds = seconds + result[1]
+            moves.append(move(model.weights, arms, data, k, experiment.lr))
             if rebuild:
                 optimizer = experiment.optimizer(model.parameters())
-        part = train_epoch(model, x[first:last], y[first:last], optimizer, BATCH)
-        loss = loss + part * math.ceil((last - first) / BATCH)
-    return loss / math.ceil(len(x) / BATCH), optimizer, torch.stack(measured), seconds
+        loss = loss + batches * train_epoch(model, x[rows], y[rows], optimizer, BATCH)
+        count += batches
+    measured, seconds = (torch.stack(column) for column in zip(*moves))
+    return loss / count, optimizer, measured, seconds.sum(0)
 
 
 def state_arrays(optimizer):
@@ -165,7 +155,7 @@ def restore(optimizer, arrays):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def train_stack(data, widths, experiment, stack, runs, epochs, path, settings, bar):
+def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
     """Train the arms of a stack with an optimizer; resume from `path`.
 
     Returns the arrays saved there: train_loss, test_loss, test_accuracy [epochs, arms, runs];
@@ -175,6 +165,7 @@ def train_stack(data, widths, experiment, stack, runs, epochs, path, settings, b
     meets a matrix that it can't invert.
     """
     activation, device, arms = LeakyReLU(), data.x_train.device, STACKS[stack]
+    widths = WIDTHS[data.name]
     state = load(path, settings)
     if state is None:
         weights = init_weights(widths, [(i + 1) * SEED for i in range(runs)])
@@ -215,7 +206,7 @@ def place(optimizer, stack, args):
     """Return the path of a stack's results in logs/ and the settings that they are made with."""
     experiment = EXPERIMENTS[optimizer]
     like = experiment.optimizer([torch.zeros(1, requires_grad=True)])
-    folder = Path(args.output) / "logs" / "optimization"
+    folder = args.output / "logs" / "optimization"
     folder /= f"{args.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
     settings = {
         "dataset": args.dataset,
@@ -235,21 +226,12 @@ def place(optimizer, stack, args):
 
 def compute(args):
     """Do this rank's share of what logs/ lacks; the unit is a stack with an optimizer."""
-    data, widths = load_data(args.dataset, args), WIDTHS[args.dataset]
+    data = load_data(args.dataset, args)
     for optimizer, stack in mine([(name, stack) for name in args.optimizer for stack in STACKS]):
+        experiment, (path, settings) = EXPERIMENTS[optimizer], place(optimizer, stack, args)
         desc = f"{args.dataset}: {optimizer}, {stack}"
         with progress(total=args.epochs, unit="epoch", desc=desc) as bar:
-            train_stack(
-                data,
-                widths,
-                EXPERIMENTS[optimizer],
-                stack,
-                args.runs,
-                args.epochs,
-                *place(optimizer, stack, args),
-                bar,
-            )
-    wait_for_all()
+            train_stack(data, experiment, stack, args.runs, args.epochs, path, settings, bar)
 
 
 def measure(optimizer, args):
@@ -264,7 +246,7 @@ def measure(optimizer, args):
         path, settings = place(optimizer, stack, args)
         state = load(path, settings)
         if state is None or len(state["seconds"]) < args.epochs:
-            raise UserError(f"{path} is not finished: run without --plot-only first.")
+            raise unfinished(path)
         states.append(state)
     result = {
         key: np.concatenate([state[key] for state in states], axis=1) for key in (*CURVES, "moves")
@@ -299,21 +281,14 @@ def summarise(result):
     That is its mean test loss at the epochs EPOCHS_SHOWN with the paired differences to plain and
     to reset over runs, when it reaches plain's final test loss, and the cost of its moves.
     """
-    epochs = len(result["test_loss"])
-    loss = {arm: result["test_loss"][:, i].astype(float) for i, arm in enumerate(ARMS)}
+    loss = {arm: result["test_loss"][:, i] for i, arm in enumerate(ARMS)}
+    epochs = sorted({min(epoch, len(loss["plain"])) for epoch in EPOCHS_SHOWN})
+    references = {arm: loss[arm] for arm in ("plain", "reset")}
     summary = {}
     for i, arm in enumerate(ARMS):
-        at = {
-            epoch: {
-                "test_loss": float(loss[arm][epoch - 1].mean()),
-                "minus_plain": paired_difference(loss[arm][epoch - 1], loss["plain"][epoch - 1]),
-                "minus_reset": paired_difference(loss[arm][epoch - 1], loss["reset"][epoch - 1]),
-            }
-            for epoch in sorted({min(epoch, epochs) for epoch in EPOCHS_SHOWN})
-        }
         before_loss, before_norm, after_loss, after_norm = result["moves"][:, i].swapaxes(0, 1)
         summary[arm] = {
-            "after_epoch": at,
+            "after_epoch": losses_after(epochs, loss[arm], references),
             "reaches_plains_final_loss": reach(
                 loss[arm], result["seconds"][:, i], loss["plain"][-1]
             ),
@@ -377,13 +352,11 @@ def draw_moves(result, title, path):
 
 def table(summary):
     """Return the test losses and their paired differences as Markdown."""
-    epochs = list(next(iter(next(iter(summary.values())).values()))["after_epoch"])
-    lines = [
-        "| optimizer | arm | "
-        + " | ".join(f"test loss, epoch {e} | − plain | − reset" for e in epochs)
-        + " | reaches plain's final loss: runs, epochs, s | moves, s |",
-        "|---" * (4 + 3 * len(epochs)) + "|",
-    ]
+    epochs = list(next(iter(summary.values()))["plain"]["after_epoch"])
+    header, rows = ["optimizer", "arm"], []
+    for epoch in epochs:
+        header += [f"test loss, epoch {epoch}", "− plain", "− reset"]
+    header += ["reaches plain's final loss: runs, epochs, s", "moves, s"]
     for optimizer, arms in summary.items():
         for arm, entry in arms.items():
             cells = [optimizer, arm]
@@ -393,41 +366,12 @@ def table(summary):
             reached = entry["reaches_plains_final_loss"]
             cells += [f"{reached['runs']}, {reached['epochs']}, {reached['seconds']}"]
             cells += [f"{entry['seconds_of_moves']:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append(cells)
+    return markdown(header, rows)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--dataset", choices=WIDTHS, default="MNIST", help="which data")
-    add(
-        "--optimizer",
-        nargs="+",
-        choices=EXPERIMENTS,
-        default=list(EXPERIMENTS),
-        help="which optimizers",
-    )
-    add("--runs", type=at_least(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
-    add(
-        "--epochs",
-        type=at_least(3),
-        default=DEFAULTS["epochs"],
-        help="passes over the training images",
-    )
-    add_common_options(parser)
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
-    if not args.plot_only:
-        compute(args)
-    if rank_and_world()[0] > 0:
-        return
+def report(args):
+    """Draw and print what logs/ has of the optimizers asked for."""
     folder = figures_folder(args, "optimization", DEFAULTS)
     summary = {}
     for optimizer in args.optimizer:
@@ -443,6 +387,20 @@ def main():
     save_text(folder / f"{args.dataset}_summary.json", text + "\n")
     save_text(folder / f"{args.dataset}_table.md", table(summary))
     print(f"\n{table(summary)}\nFigures, summary and table are in {folder}")
+
+
+def parse_arguments():
+    parser = experiment_parser(__doc__)
+    add, names = parser.add_argument, list(EXPERIMENTS)
+    add("--dataset", choices=WIDTHS, default="MNIST", help="which data")
+    add("--optimizer", nargs="+", choices=names, default=names, help="which optimizers")
+    add("--runs", type=at_least(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
+    add("--epochs", type=at_least(3), default=DEFAULTS["epochs"], help="passes over the images")
+    return parser.parse_args()
+
+
+def main():
+    compute_and_report(parse_arguments(), compute, report)
 
 
 if __name__ == "__main__":

@@ -18,40 +18,40 @@ Runs differ in their initial weights, and share the teleports' batches and draws
 logs/generalization/; an interrupted run goes on from there and ends with the same numbers.
 """
 
-import argparse
 import json
 import math
 import time
-from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data import load_data, shuffled_batch
+from data import TITLES, load_data, shuffled_batch
 from init_directory import (
     UserError,
-    add_common_options,
     at_least,
+    compute_and_report,
+    experiment_parser,
     figures_folder,
     interval_text,
     load,
+    losses_after,
+    markdown,
     mine,
-    paired_difference,
     plot_band,
     plot_difference,
     progress,
-    rank_and_world,
+    provenance,
     run,
     save,
     save_figure,
     save_text,
-    wait_for_all,
+    unfinished,
 )
-from models import LeakyReLU, cross_entropy, evaluate, init_weights, train_epoch_sgd
+from models import LeakyReLU, cross_entropy, evaluate, init_weights, split_epoch, train_epoch_sgd
 from teleportation import (
+    RADII,
     act,
     curvature_along,
     estimate,
@@ -76,10 +76,8 @@ class Experiment(NamedTuple):
 
     widths: tuple
     lr: float  # SGD's learning rate
-    radii: np.ndarray  # of φ's estimate along training, as in Table 1
     teleports: dict
     longest: float  # |tM|_F of a step in curvature, at the most
-    title: str
     directions: int = 100  # for each radius, of the perturbations that teleports are made with
 
 
@@ -93,30 +91,14 @@ def teleports(sharpness_down, sharpness_up, curvature_down, curvature_up, ups=5)
     }
 
 
+# longest: CIFAR-10 has no such step; elsewhere dκ/dt is 10 and more, and exp(tM) leaves float32
 EXPERIMENTS = {
     "CIFAR10": Experiment(
-        (3072, 32, 10, 10),
-        2e-2,
-        np.arange(0.0001, 0.02, 0.001),
-        teleports(5e-2, 5e-2, 5e-2, 2e-1, ups=10),
-        5.0,  # no step is as long
-        "CIFAR-10",
+        (3072, 32, 10, 10), 2e-2, teleports(5e-2, 5e-2, 5e-2, 2e-1, ups=10), longest=5.0
     ),
-    "MNIST": Experiment(
-        (784, 16, 10, 10),
-        1e-2,
-        np.arange(0.001, 0.2, 0.01),
-        teleports(5e-2, 5e-2, 5e-2, 2e-1),
-        1.0,  # dκ/dt is 10 and more here: exp(tM) would leave float32
-        "MNIST",
-    ),
+    "MNIST": Experiment((784, 16, 10, 10), 1e-2, teleports(5e-2, 5e-2, 5e-2, 2e-1), longest=1.0),
     "FashionMNIST": Experiment(
-        (784, 16, 10, 10),
-        1e-2,
-        np.arange(0.0001, 0.02, 0.001),
-        teleports(3e-1, 1e-1, 3e-3, 5e-3),
-        1.0,
-        "Fashion-MNIST",
+        (784, 16, 10, 10), 1e-2, teleports(3e-1, 1e-1, 3e-3, 5e-3), longest=1.0
     ),
 }
 RUNS = 5
@@ -125,35 +107,28 @@ SAMPLE_SCALE = 0.1
 EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
 MOVES = 10  # mini-batches before which some arm is teleported
 BATCH, TELEPORT_BATCH = 20, 2000
-RADII = np.arange(1, 10) / 10  # of the perturbations that sharpness teleports are made with
+TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 # the published objective is the sum of the 900 losses over 1,000: 0.9 φ, and it stops above 2.0
 PUBLISHED_SCALE, STOP = 0.9, 2.0
+LONGEST_T = 10.0  # |T|_F of a step in sharpness: where SGD diverges, steps outgrow float32
 MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
 PAIR = 1  # the pair of layers that curvature teleports act on: the second
 SEED = 54321  # run i has the seed (i + 1) * SEED
 ESTIMATION_BATCHES, ESTIMATION_BATCH = 20, 200  # of φ and ψ along training
 
-ARMS = (
-    "plain",
-    "sharpness decrease",
-    "sharpness increase",
-    "curvature decrease",
-    "curvature increase",
-    "random",
-    "random in one pair",
-    "refit",
-)
+CLAIMS = {  # of the paper: how the test loss changes
+    "sharpness decrease": "changes little",
+    "sharpness increase": "rises",
+    "curvature decrease": "rises",
+    "curvature increase": "falls",
+}
+LITTLE = 0.01  # of plain's test loss
+CONTROLS = {arm: "random" if "sharpness" in arm else "random in one pair" for arm in CLAIMS}
+ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
+COLOURS = dict(zip(ARMS, ("black", "C0", "C3", "C4", "C1", "C7", "C8", "C5")))
 CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
 QUANTITIES = ("loss", "φ", "κ")
-CLAIMS = {  # of the paper: how the test loss changes
-    "sharpness decrease": "little",
-    "sharpness increase": "up",
-    "curvature decrease": "up",
-    "curvature increase": "down",
-}
-CONTROLS = {arm: "random" if "sharpness" in arm else "random in one pair" for arm in CLAIMS}
 EPOCHS_SHOWN = (21, 25, 40)
-COLOURS = dict(zip(ARMS, ("black", "C0", "C3", "C4", "C1", "C7", "C8", "C5")))
 
 
 def measured(weights, x, y, generator, k):
@@ -164,7 +139,7 @@ def measured(weights, x, y, generator, k):
     activation = LeakyReLU()
     widths = [len(x), *(w.shape[-2] for w in weights)]
     draws = torch.Generator().manual_seed(SEED + k)
-    directions = random_directions(widths, np.repeat(RADII, MEASURED_DIRECTIONS), draws)
+    directions = random_directions(widths, np.repeat(TELEPORT_RADII, MEASURED_DIRECTIONS), draws)
     phi = sharpness(weights, x, y, [d.to(x) for d in directions], activation)
     kappa, _ = curvature_along(weights, x, generator, PAIR, activation)
     return torch.stack([cross_entropy(weights, x, y, activation), phi, kappa])
@@ -186,18 +161,9 @@ def teleport_pair(weights, x, y, experiment, quantity, k, generator):
         # the published code stops at a large objective; a descent would not begin there
         stop = torch.where(lr > 0, STOP / PUBLISHED_SCALE, math.inf)
         lr = lr * PUBLISHED_SCALE
+        draws = settings[0].steps, TELEPORT_RADII, experiment.directions, k
         new, path = teleport_sharpness(
-            stack,
-            x,
-            y,
-            lr,
-            settings[0].steps,
-            RADII,
-            experiment.directions,
-            k,
-            activation,
-            stop,
-            return_path=True,
+            stack, x, y, lr, *draws, activation, stop, LONGEST_T, return_path=True
         )
         elements = path["group_elements"]
     else:
@@ -250,27 +216,22 @@ def train_epoch_with_moves(weights, data, experiment):
     Returns the mean training loss [arms, runs], and what `move` returns with MOVES in front.
     """
     x, y, activation = data.x_train, data.y_train, LeakyReLU()
-    loss, measurements = 0, []
-    starts = [k * BATCH for k in range(MOVES + 1)]
-    for k, (first, last) in enumerate(pairwise([*starts, len(x)])):
+    loss, count, measurements = 0, 0, []
+    for k, (rows, batches) in enumerate(split_epoch(len(x), MOVES, BATCH)):
         if k < MOVES:
             measurements.append(move(weights, data, experiment, k))
-        rows = slice(first, last)
         part = train_epoch_sgd(weights, x[rows], y[rows], experiment.lr, activation, BATCH)
-        loss = loss + part * math.ceil((last - first) / BATCH)
+        loss, count = loss + batches * part, count + batches
     moves, seconds = (torch.stack(column) for column in zip(*measurements))
-    return loss / math.ceil(len(x) / BATCH), moves, seconds
+    return loss / count, moves, seconds
 
 
-def estimate_along(weights, data, experiment):
+def estimate_along(weights, data):
     """Return φ and ψ [arms, runs], Table 1's estimates as means over ESTIMATION_BATCHES batches."""
-    stack = [w.flatten(0, 1) for w in weights]
-    rows = [
-        estimate(
-            [stack], *shuffled_batch(data, ESTIMATION_BATCH, k), experiment.radii, k, LeakyReLU()
-        )
-        for k in range(ESTIMATION_BATCHES)
-    ]
+    stacks, rows = [[w.flatten(0, 1) for w in weights]], []
+    for k in range(ESTIMATION_BATCHES):
+        batch = shuffled_batch(data, ESTIMATION_BATCH, k)
+        rows.append(estimate(stacks, *batch, RADII[data.name], k, LeakyReLU()))
     return [torch.stack(column).mean(0).view(weights[0].shape[:2]) for column in zip(*rows)]
 
 
@@ -309,7 +270,7 @@ def train(data, experiment, runs, path, settings):
             raise UserError(f"{data.name}, epoch {epoch}: {error}.") from None
         state["seconds"] = np.append(state["seconds"], time.perf_counter() - start)
         test = evaluate(weights, data.x_test, data.y_test, activation)
-        values = (loss, *test, *estimate_along(weights, data, experiment))
+        values = (loss, *test, *estimate_along(weights, data))
         for curve, value in zip(CURVES, values):
             value = value.expand(len(ARMS), runs).cpu()
             state[curve] = np.concatenate([state[curve], value[None]])
@@ -330,8 +291,8 @@ def place(name, args):
             longest=SAMPLE_SCALE * experiment.longest,
             directions=round(SAMPLE_SCALE * experiment.directions),
         )
-    folder = Path(args.output) / "logs" / "generalization"
-    path = folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz"
+    path = args.output / "logs" / "generalization"
+    path /= f"{name}{'-sample' * args.sample}-{args.runs}runs.npz"
     settings = {
         "dataset": name,
         "sample": args.sample,
@@ -341,10 +302,10 @@ def place(name, args):
         "seed": SEED,
         "batches": [BATCH, TELEPORT_BATCH],
         "longest": experiment.longest,
-        "course": [EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, STOP, PUBLISHED_SCALE],
-        "estimates": [list(experiment.radii), ESTIMATION_BATCHES, ESTIMATION_BATCH],
+        "course": [EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, STOP, PUBLISHED_SCALE, LONGEST_T],
+        "estimates": [list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH],
         "measured_directions": MEASURED_DIRECTIONS,
-        "radii": list(RADII),
+        "radii": list(TELEPORT_RADII),
         "directions": experiment.directions,
         "runs": args.runs,
         "device": args.device.type,
@@ -357,87 +318,80 @@ def measure(name, args):
     _, path, settings = place(name, args)
     state = load(path, settings)
     if state is None or len(state["seconds"]) < EPOCHS:
-        raise UserError(f"{path} is not finished: run without --plot-only first.")
+        raise unfinished(path)
     return state
 
 
-def verdict(claim, difference):
-    """Return whether a paired difference [with its 95 % interval] agrees with a claim."""
+def verdict(claim, difference, little):
+    """Return what a paired difference with its 95 % interval says of one of the CLAIMS.
+
+    little: so large a difference still is; within it a whole interval has to be to say so.
+    """
     low, high = difference["low"], difference["high"]
-    seen = "up" if low > 0 else "down" if high < 0 else "little"
-    if seen == claim:
-        return "holds"
-    return "not seen" if seen == "little" else "does not hold" if claim == "little" else "opposite"
+    if claim == "changes little":
+        if max(-low, high) < little:
+            return "holds"
+        return "does not hold" if max(low, -high) > little else "open"
+    seen = "rises" if low > 0 else "falls" if high < 0 else None
+    return "holds" if seen == claim else "opposite" if seen else "not seen"
 
 
 def summarise(result):
-    """Return what summary.json says of a dataset: the arms' test losses, moves and verdicts."""
-    loss = {arm: result["test_loss"][:, i].astype(float) for i, arm in enumerate(ARMS)}
-    summary = {"arms": {}, "claims": {}}
+    """Return what summary.json says of a dataset, for each arm: its test loss, moves, verdicts."""
+    loss = {arm: result["test_loss"][:, i] for i, arm in enumerate(ARMS)}
+    summary = {}
     for i, arm in enumerate(ARMS):
         change = result["moves"][:, i, :, 1] - result["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
+        own, fresh = change.mean(-1).sum(0)  # [3] each
         first = result["moves"][0, i, 0, 0].mean(-1)
-        summary["arms"][arm] = {
-            "after_epoch": {
-                epoch: {
-                    "test_loss": float(loss[arm][epoch - 1].mean()),
-                    "minus_plain": paired_difference(
-                        loss[arm][epoch - 1], loss["plain"][epoch - 1]
-                    ),
-                }
-                for epoch in EPOCHS_SHOWN
-            },
+        others = {"plain": loss["plain"]}
+        if arm in CLAIMS:
+            others["control"] = loss[CONTROLS[arm]]
+        after = losses_after(EPOCHS_SHOWN, loss[arm], others)
+        summary[arm] = {
+            "after_epoch": after,
             "moves": {
                 quantity: {
                     "before_the_first": float(first[q]),
-                    "total_change_on_their_batches": float(change[:, 0, q].mean(-1).sum()),
-                    "total_change_on_fresh_batches": float(change[:, 1, q].mean(-1).sum()),
+                    "total_change_on_their_batches": float(own[q]),
+                    "total_change_on_fresh_batches": float(fresh[q]),
                 }
                 for q, quantity in enumerate(QUANTITIES)
             },
         }
-    for arm, claim in CLAIMS.items():
-        summary["claims"][arm] = {"claim": claim, "control": CONTROLS[arm]}
-        for epoch in EPOCHS_SHOWN:
-            differences = {
-                against: paired_difference(loss[arm][epoch - 1], loss[other][epoch - 1])
-                for against, other in (("plain", "plain"), ("control", CONTROLS[arm]))
+        if arm in CLAIMS:
+            little = LITTLE * float(loss["plain"][-1].mean())
+            verdicts = {
+                against: {
+                    epoch: verdict(CLAIMS[arm], at[f"minus_{against}"], little)
+                    for epoch, at in after.items()
+                }
+                for against in others
             }
-            summary["claims"][arm][epoch] = {
-                against: difference | {"verdict": verdict(claim, difference)}
-                for against, difference in differences.items()
-            }
+            summary[arm] |= {"claim": CLAIMS[arm], "control": CONTROLS[arm], "verdicts": verdicts}
     return summary
 
 
 def table(name, summary):
     """Return a dataset's test losses and verdicts as Markdown."""
-    title = EXPERIMENTS[name].title
-    lines = [
-        f"| {title} | "
-        + " | ".join(f"test loss, epoch {e} | − plain" for e in EPOCHS_SHOWN)
-        + " |",
-        "|---" * (1 + 2 * len(EPOCHS_SHOWN)) + "|",
-    ]
-    for arm, entry in summary["arms"].items():
+    header = [TITLES[name]]
+    for epoch in EPOCHS_SHOWN:
+        header += [f"test loss, epoch {epoch}", "− plain"]
+    rows, verdicts = [], []
+    for arm, entry in summary.items():
         cells = [arm]
         for at in entry["after_epoch"].values():
             cells += [f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"| {title}: claim | "
-        + " | ".join(f"epoch {e}: against plain | against control" for e in EPOCHS_SHOWN)
-        + " |",
-        "|---" * (1 + 2 * len(EPOCHS_SHOWN)) + "|",
-    ]
-    words = {"up": "raises the test loss", "down": "lowers it", "little": "changes it little"}
-    for arm, entry in summary["claims"].items():
-        cells = [f"{arm} {words[entry['claim']]} (control: {entry['control']})"]
-        for epoch in EPOCHS_SHOWN:
-            cells += [entry[epoch][against]["verdict"] for against in ("plain", "control")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+        if arm in CLAIMS:
+            given = [", ".join(entry["verdicts"][key].values()) for key in ("plain", "control")]
+            at = entry["after_epoch"].values()
+            controlled = ", ".join(interval_text(a["minus_control"]) for a in at)
+            verdicts.append([f"{arm}: it {entry['claim']}", given[0], controlled, given[1]])
+    epochs = ", ".join(map(str, EPOCHS_SHOWN))
+    claims = [f"{TITLES[name]}: how the test loss changes", f"against plain, epochs {epochs}"]
+    claims += ["− control", "against the control"]
+    return f"{markdown(header, rows)}\n{markdown(claims, verdicts)}"
 
 
 def draw_losses(name, result, quantity, path):
@@ -453,7 +407,7 @@ def draw_losses(name, result, quantity, path):
     for arm in (*arms, CONTROLS[arms[-1]]):
         loss = result["test_loss"][:, ARMS.index(arm)]
         plot_difference(differences, epochs, loss, plain, color=COLOURS[arm], label=arm)
-    losses.set(title=EXPERIMENTS[name].title, xlabel="epoch", ylabel="loss (dashed: training)")
+    losses.set(title=TITLES[name], xlabel="epoch", ylabel="loss (dashed: training)")
     differences.set(
         title="test loss − plain's, 95 % interval",
         xlabel="epoch",
@@ -474,44 +428,46 @@ def draw_quantities(name, result, path):
             epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
             axes.plot(epochs, values, color=COLOURS[arm], label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
-        axes.set(title=EXPERIMENTS[name].title, xlabel="epoch", ylabel=f"{curve} {symbol}")
+        axes.set(title=TITLES[name], xlabel="epoch", ylabel=f"{curve} {symbol}")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     save_figure(figure, path)
 
 
+def compute(args):
+    """Do this rank's share of what logs/ lacks; the unit is a dataset."""
+    for name in mine(args.dataset):
+        experiment, path, settings = place(name, args)
+        train(load_data(name, args), experiment, args.runs, path, settings)
+
+
+def report(args):
+    """Draw and print what logs/ has of the datasets asked for."""
+    folder = figures_folder(args, "generalization", {"runs": RUNS})
+    for name in args.dataset:
+        result = measure(name, args)
+        summary = summarise(result)
+        for quantity in ("sharpness", "curvature"):
+            draw_losses(name, result, quantity, folder / f"{name}_{quantity}")
+        draw_quantities(name, result, folder / f"{name}_sharpness_and_curvature_along_training")
+        about = {"dataset": name, "runs": args.runs, "made_with": provenance(place(name, args)[1])}
+        text = json.dumps(about | {"arms": summary}, indent=1)
+        save_text(folder / f"{name}_summary.json", text + "\n")
+        save_text(folder / f"{name}_table.md", table(name, summary))
+        print(f"\n{table(name, summary)}")
+    print(f"Figures, summaries and tables are in {folder}")
+
+
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = experiment_parser(__doc__)
     add = parser.add_argument
     add("--dataset", nargs="+", choices=EXPERIMENTS, default=["CIFAR10"], help="which data")
-    add("--runs", type=at_least(2), default=RUNS, help="networks in each arm, at least 2")
-    add_common_options(parser)
+    add("--runs", type=at_least(2), default=RUNS, help="networks in each arm")
     return parser.parse_args()
 
 
 def main():
-    args = parse_arguments()
-    if not args.plot_only:
-        for name in mine(args.dataset):
-            experiment, path, settings = place(name, args)
-            train(load_data(name, args), experiment, args.runs, path, settings)
-        wait_for_all()
-    if rank_and_world()[0] > 0:
-        return
-    folder = figures_folder(args, "generalization", {"runs": RUNS})
-    for name in args.dataset:
-        result = measure(name, args)
-        summary = {"dataset": name, "runs": args.runs} | summarise(result)
-        for quantity in ("sharpness", "curvature"):
-            draw_losses(name, result, quantity, folder / f"{name}_{quantity}")
-        draw_quantities(name, result, folder / f"{name}_sharpness_and_curvature_along_training")
-        save_text(folder / f"{name}_summary.json", json.dumps(summary, indent=1) + "\n")
-        save_text(folder / f"{name}_table.md", table(name, summary))
-        print(f"\n{table(name, summary)}")
-    print(f"Figures, summaries and tables are in {folder}")
+    compute_and_report(parse_arguments(), compute, report)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ sample; leading dimensions are runs. Equation numbers are the paper's.
 """
 
 import warnings
+from itertools import pairwise
 from math import comb
 
+import numpy as np
 import torch
 
 from models import backpropagate, cross_entropy, cross_entropy_of_logits, one_hot, propagate
 
+INF = float("inf")
 CHUNK = 400_000  # first-layer activations of perturbed networks in flight at once: fits the cache
+RADII = {  # |t d| of the perturbations by which φ is estimated, one direction each (Table 1)
+    "MNIST": np.arange(0.001, 0.2, 0.01),
+    "FashionMNIST": np.arange(0.0001, 0.02, 0.001),
+    "CIFAR10": np.arange(0.0001, 0.02, 0.001),
+}
 
 
 def pseudoinverse(h):
@@ -123,14 +131,15 @@ def pull_back(gradient, weights, x, activation):
 
 
 @torch.no_grad()
-def ascend(objective, weights, x, lr, steps, activation, stop=float("inf")):
+def ascend(objective, weights, x, lr, steps, activation, stop=INF, longest=INF):
     """Move weights along their orbit by gradient ascent on T_m, with I + T_m acting on each pair.
 
     objective(weights) returns the loss [...], what is to grow [...], and its gradient in the
     weights, a list like them; the group acts with the hidden activations of x: [d_0, n]. Each step
-    starts from T = 0; a run whose objective is above `stop` stays where it is. lr: a number or a
-    tensor [...], negative to descend. Returns the new weights and the path: `loss` and `objective`
-    [steps + 1, ...] on x, and `group_elements`, for each pair the product of the steps' I + T_m.
+    starts from T = 0; a run whose objective is above `stop` stays where it is, and a step is cut
+    where |T_m|_F is above `longest`. lr: a number or a tensor [...], negative to descend. Returns
+    the new weights and the path: `loss` and `objective` [steps + 1, ...] on x, and
+    `group_elements`, for each pair the product of the steps' I + T_m.
     """
     identities = [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
     if x.shape[-1] < max(len(identity) for identity in identities):
@@ -141,8 +150,10 @@ def ascend(objective, weights, x, lr, steps, activation, stop=float("inf")):
         path.append((loss, value))
         if step < steps:
             rate = torch.as_tensor(lr * (value <= stop))[..., None, None]
-            T = pull_back(gradient, weights, x, activation)
-            elements = [identity + rate * t for identity, t in zip(identities, T)]
+            T = [rate * t for t in pull_back(gradient, weights, x, activation)]
+            lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
+            T = [t * (longest / length).clamp(max=1) for t, length in zip(T, lengths)]
+            elements = [identity + t for identity, t in zip(identities, T)]
             weights = act(weights, x, elements, activation)
             total = [g @ before for g, before in zip(elements, total)]
     losses, values = (torch.stack(column) for column in zip(*path))
@@ -196,7 +207,7 @@ def random_directions(widths, radii, generator, sphere=False):
     like the weights, [len(radii), d_{m+1}, d_m], whose k-th members have together the Euclidean
     norm radii[k] (Eq. 4).
     """
-    shapes = [(fan_out, fan_in) for fan_in, fan_out in zip(widths, widths[1:])]
+    shapes = [(fan_out, fan_in) for fan_in, fan_out in pairwise(widths)]
     sizes = [fan_out * fan_in for fan_out, fan_in in shapes]
     draw = torch.randn if sphere else torch.rand
     d = draw(len(radii), sum(sizes), generator=generator)
@@ -338,14 +349,26 @@ def sharpness_and_gradient(weights, x, y, directions, activation):
 
 @torch.no_grad()
 def teleport_sharpness(
-    weights, x, y, lr, steps, radii, number, seed, activation, stop=float("inf"), return_path=False
+    weights,
+    x,
+    y,
+    lr,
+    steps,
+    radii,
+    number,
+    seed,
+    activation,
+    stop=INF,
+    longest=INF,
+    return_path=False,
 ):
     """Teleport to another sharpness: ascent, or descent where lr < 0, on the mean perturbed loss.
 
     Each step draws `number` directions for each radius anew from `seed`; all runs share them, and
     the batch x: [d_0, n], y: [n], so that their products are computed once. lr and stop: numbers or
-    tensors that broadcast over the runs; a run stops where φ > stop. Returns the new weights and,
-    with return_path, the path that `ascend` describes; its objective is φ.
+    tensors that broadcast over the runs; a run stops where φ > stop, and a step is cut where
+    |T_m|_F > longest. Returns the new weights and, with return_path, the path that `ascend`
+    describes; its objective is φ.
     """
     widths = [len(x), *(w.shape[-2] for w in weights)]
     generator = torch.Generator().manual_seed(seed)
@@ -358,12 +381,12 @@ def teleport_sharpness(
         phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
         return cross_entropy(weights, x, y, activation), phi, gradient
 
-    weights, path = ascend(objective, weights, x, lr, steps, activation, stop)
+    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, longest)
     return (weights, path) if return_path else weights
 
 
 @torch.no_grad()
-def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=float("inf")):
+def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=INF):
     """Teleport to another curvature: a step t = lr dκ/dt along exp(tM) for each M of `generators`.
 
     The action is on the pair `layer` alone. generators: M: [d, d], one for each step, shared by

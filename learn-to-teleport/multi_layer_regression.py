@@ -23,7 +23,6 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: the tasks run side by side
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import contextlib
 import json
 import math
@@ -40,10 +39,12 @@ import torch
 from matplotlib.figure import Figure
 
 from init_directory import (
-    ROOT,
     UserError,
     at_least,
+    compute_and_report,
+    experiment_parser,
     load,
+    markdown,
     mine,
     progress,
     rank_and_world,
@@ -51,7 +52,7 @@ from init_directory import (
     save,
     save_figure,
     save_text,
-    wait_for_all,
+    unfinished,
 )
 from regression import (
     FIRST_LR,
@@ -72,20 +73,22 @@ from regression import (
 
 
 class Method(NamedTuple):
-    """A method's LSTMs, and what they are trained on."""
+    """A method's LSTMs, what they are trained on, and how it is drawn."""
 
     networks: tuple
     trajectories: int
     steps: int  # of each trajectory
+    colour: str
+    without: str = None  # the same method without teleports, which it is compared with
 
 
+LR, UPDATE = Network(("lr",), 20, 1e-4), Network(("update",), 300, 1e-3)
+LR_AND_T, T = Network(("lr", "T"), 20, 1e-4), Network(("T",), 300, 1e-4)
 METHODS = {
-    "LSTM(lr)": Method((Network(("lr",), 20, 1e-4),), 30, 300),
-    "LSTM(lr,tele)": Method((Network(("lr", "T"), 20, 1e-4),), 30, 300),
-    "LSTM(update)": Method((Network(("update",), 300, 1e-3),), 600, 100),
-    "LSTM(update,tele)": Method(
-        (Network(("update",), 300, 1e-3), Network(("T",), 300, 1e-4)), 700, 100
-    ),
+    "LSTM(lr)": Method((LR,), 30, 300, "C0"),
+    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300, "C2", "LSTM(lr)"),
+    "LSTM(update)": Method((UPDATE,), 600, 100, "C1"),
+    "LSTM(update,tele)": Method((UPDATE, T), 700, 100, "C3", "LSTM(update)"),
 }
 QUICK = 100  # --quick trains on so many times fewer trajectories
 GD_LR = 3e-4
@@ -100,19 +103,8 @@ SEEDS = 3  # initialisations of each method
 SAVE_SECONDS = 20  # between saves during training
 REPEATS = 9  # of the run of CLAIMED_STEP steps whose seconds are measured
 RESAMPLES = 2000  # of the bootstrap
-COMPARISONS = [  # by the loss at CLAIMED_STEP; the paper's claim is the first two
-    ("LSTM(lr,tele)", "LSTM(lr)"),
-    ("LSTM(update,tele)", "LSTM(update)"),
-    *((name, "GD (tuned)") for name in METHODS),
-]
-STYLES = {
-    "GD": {"color": "black", "ls": ":"},
-    "GD (tuned)": {"color": "grey"},
-    "LSTM(lr)": {"color": "C0", "ls": "--", "zorder": 3},  # it may lie on that with T
-    "LSTM(lr,tele)": {"color": "C2"},
-    "LSTM(update)": {"color": "C1", "ls": "--", "zorder": 3},
-    "LSTM(update,tele)": {"color": "C3"},
-}
+TUNED = "GD (tuned)"
+COLOURS = {"GD": "black", TUNED: "grey"} | {name: m.colour for name, m in METHODS.items()}
 
 
 def training_seeds(trajectories):
@@ -264,7 +256,6 @@ def compute(listed, processes):
         with progress(total=total, unit="trajectory", mininterval=1) as bar:
             for task in todo:
                 train(*task, bar.update)
-    wait_for_all()
 
 
 def measure(methods, listed):
@@ -276,7 +267,7 @@ def measure(methods, listed):
     for _, _, path, settings in listed:
         result = finished(path, settings)
         if result is None:
-            raise UserError(f"{path} is not finished: run without --plot-only first.")
+            raise unfinished(path)
         results[settings["method"]].append(result)
     return results
 
@@ -291,7 +282,7 @@ def seconds_a_step(methods, results, folder, plot_only):
     found = load(path, settings)
     if found is None:
         if plot_only:
-            raise UserError(f"{path} is missing: run without --plot-only first.")
+            raise unfinished(path)
         problem = draw_problem(TEST_SETS["published 5"][0])
         found = {}
         for name in results:
@@ -340,14 +331,17 @@ def compare(a, b):
     """Return the ratio of losses a / b at CLAIMED_STEP on fresh trajectories, and who is lower.
 
     a, b: [initialisations, steps + 1, trajectories of all TEST_SETS]; b may have one
-    initialisation for all of a's. Pairs of which neither is finite count as equal.
+    initialisation for all of a's. Pairs of which neither is finite count as equal. `of_each` has
+    the initialisations' own medians.
     """
     a, b = (by_test_set(curves[:, CLAIMED_STEP])["fresh 100"].astype(float) for curves in (a, b))
     with np.errstate(invalid="ignore"):
         ratio = np.where(np.isinf(a) & np.isinf(b), 1, a / b)
     result = interval(ratio)
     low, high = (np.inf if result[key] is None else result[key] for key in ("low", "high"))
-    return result | {"lower": "the first" if high < 1 else "the second" if low > 1 else "unclear"}
+    lower = "the first" if high < 1 else "the second" if low > 1 else "unclear"
+    of_each = [float(f"{value:.4g}") for value in np.median(ratio, axis=1)]
+    return result | {"lower": lower, "of_each": of_each}
 
 
 def summarise(losses, seconds, gd_lr):
@@ -360,12 +354,14 @@ def summarise(losses, seconds, gd_lr):
             diverged = int(np.isinf(loss).any(1).sum())
             of = loss[:, 0].size
             methods[name][test_set] = {"loss_at_step": at, "diverged": diverged, "of": of}
-    ratios = {f"{a} / {b}": compare(losses[a], losses[b]) for a, b in COMPARISONS}
-    claimed = [ratio["lower"] for ratio in list(ratios.values())[:2]]
+    claims = [(name, method.without) for name, method in METHODS.items() if method.without]
+    pairs = [*claims, *((name, TUNED) for name in METHODS)]
+    ratios = {f"{a} / {b}": compare(losses[a], losses[b]) for a, b in pairs}
+    claimed = [ratio["lower"] for ratio in list(ratios.values())[: len(claims)]]
     if all(lower == "the first" for lower in claimed):
         verdict = "holds"
     elif "the first" in claimed:
-        verdict = "holds for one of two"
+        verdict = f"holds for {claimed.count('the first')} of {len(claimed)}"
     else:
         verdict = "not seen" if "unclear" in claimed else "opposite"
     return {
@@ -384,25 +380,25 @@ def table(summary):
         values = ("∞" if value is None else f"{value:.{digits}g}" for value in values)
         return "{} [{}, {}]".format(*values)
 
-    steps = " | ".join(f"loss, step {step}" for step in STEPS_SHOWN)
-    lines = [f"| method | trajectories | {steps} | diverged | ms a step |"]
-    lines += ["|---" * (4 + len(STEPS_SHOWN)) + "|"]
+    header = ["method", "trajectories", *(f"loss, step {step}" for step in STEPS_SHOWN)]
+    header, rows = [*header, "diverged", "ms a step"], []
     for test_set in TEST_SETS:
         for name, entry in summary["methods"].items():
             found = entry[test_set]
             cells = [name, test_set, *map(cell, found["loss_at_step"].values())]
-            cells += [
-                f"{found['diverged']} of {found['of']}",
-                f"{1e3 * entry['seconds_a_step']:.3g}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"| ratio of losses, step {CLAIMED_STEP}, fresh trajectories | median | lower |"]
-    lines += ["|---|---|---|"]
-    for pair, entry in summary["ratios_of_losses"]["of"].items():
-        lines.append(f"| {pair} | {cell(entry, 4)} | {entry['lower']} |")
+            milliseconds = f"{1e3 * entry['seconds_a_step']:.3g}"
+            rows.append([*cells, f"{found['diverged']} of {found['of']}", milliseconds])
+    compared = [f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories", "median"]
+    ratios = [
+        [pair, cell(entry, 4), ", ".join(f"{r:.4g}" for r in entry["of_each"]), entry["lower"]]
+        for pair, entry in summary["ratios_of_losses"]["of"].items()
+    ]
     verdict = summary["claim_that_teleporting_lowers_the_loss"]
-    lines += ["", f"The claim that teleporting lowers the loss: {verdict}."]
-    return "\n".join(lines) + "\n"
+    return (
+        f"{markdown(header, rows)}\n"
+        f"{markdown([*compared, 'of each initialisation', 'lower'], ratios)}\n"
+        f"The claim that teleporting lowers the loss: {verdict}.\n"
+    )
 
 
 def draw(losses, norms, seconds, against, path):
@@ -413,7 +409,11 @@ def draw(losses, norms, seconds, against, path):
     against the loss: the mean |∇L|² at each epoch. Runs that diverge are left out and counted.
     """
     axes = Figure(figsize=(5.2, 3.8)).add_subplot(yscale="log", ylabel="loss")
-    for name, style in STYLES.items():
+    partners = {method.without for method in METHODS.values()}
+    for name, colour in COLOURS.items():
+        style = {"color": colour}
+        if name in partners:  # it may lie on that with T
+            style |= {"ls": "--", "zorder": 3}
         loss, norm = (
             np.concatenate(by_test_set(curves[name])["published 5"], -1)[: CLAIMED_STEP + 1]
             for curves in (losses, norms)
@@ -432,7 +432,7 @@ def draw(losses, norms, seconds, against, path):
         shown = slice(against == "time", None)  # on a logarithmic axis there is no 0
         axes.plot(x[shown], mean[shown], label=label, **style)
         band = (curve[shown] for curve in (x, low, mean + deviation))
-        axes.fill_between(*band, color=style["color"], alpha=0.15, lw=0)
+        axes.fill_between(*band, color=colour, alpha=0.15, lw=0)
     if against == "gradient":
         axes.set(xscale="log", xlabel="loss", ylabel=r"$|\nabla L|^2$")
     else:
@@ -442,54 +442,33 @@ def draw(losses, norms, seconds, against, path):
     save_figure(axes.figure, path)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
-    add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
-    add("--processes", type=at_least(1), default=cores, help="how many tasks run side by side")
-    add("--plot-only", action="store_true", help="draw and print again what logs/ has")
-    add(
-        "--output",
-        type=Path,
-        default=ROOT,
-        help="the folder for logs/ and learn-to-teleport/figures/",
-    )
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
-    torch.set_num_threads(1)
-    methods = METHODS
+def experiment(args):
+    """Return what the options ask for: methods, folders for figures and for logs, and tasks."""
+    methods, logs = METHODS, args.output / "logs" / "learn-to-teleport"
     folder = args.output / "learn-to-teleport" / "figures"
     if args.quick:
         methods = {
             name: method._replace(trajectories=math.ceil(method.trajectories / QUICK))
             for name, method in METHODS.items()
         }
-        folder /= "quick"
-    elif args.seeds != SEEDS:
+        folder, logs = folder / "quick", logs.with_name(f"{logs.name}-quick")
+    if args.seeds != SEEDS:
         folder /= f"{args.seeds}seeds"
-    logs = args.output / "logs" / f"learn-to-teleport{'-quick' * args.quick}"
-    listed = tasks(methods, args.seeds, logs)
-    if not args.plot_only:
-        compute(listed, args.processes)
-    if rank_and_world()[0] > 0:
-        return
+    return methods, folder, logs, tasks(methods, args.seeds, logs)
+
+
+def report(args):
+    """Draw and print what logs/ has."""
+    methods, folder, logs, listed = experiment(args)
     results = measure(methods, listed)
     gd_lr = tune_gradient_descent()
     problem = draw_tests()
-    for name, lr in (("GD", GD_LR), ("GD (tuned)", gd_lr)):
+    for name, lr in (("GD", GD_LR), (TUNED, gd_lr)):
         curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
         results[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
     seconds = seconds_a_step(methods, results, logs, args.plot_only)
     losses, norms = (
-        {name: np.stack([result[key] for result in results[name]]) for name in STYLES}
+        {name: np.stack([result[key] for result in results[name]]) for name in COLOURS}
         for key in ("loss", "gradient_norm_squared")
     )
     losses = {name: finite(curves) for name, curves in losses.items()}
@@ -500,6 +479,22 @@ def main():
     save_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     save_text(folder / "table.md", table(summary))
     print(f"\n{table(summary)}\nFigures, summary and table are in {folder}")
+
+
+def parse_arguments():
+    parser = experiment_parser(__doc__, on_datasets=False)
+    add = parser.add_argument
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
+    add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
+    add("--processes", type=at_least(1), default=cores, help="how many tasks run side by side")
+    return parser.parse_args()
+
+
+def main():
+    torch.set_num_threads(1)
+    args = parse_arguments()
+    compute_and_report(args, lambda args: compute(experiment(args)[-1], args.processes), report)
 
 
 if __name__ == "__main__":

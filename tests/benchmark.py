@@ -27,6 +27,7 @@ import teleport_optimization  # noqa: E402
 import teleport_sharpness_curvature  # noqa: E402
 from models import MLP, LeakyReLU, init_weights, train_epoch, train_epoch_sgd  # noqa: E402
 from teleportation import (  # noqa: E402
+    RADII,
     curvature_along,
     estimate,
     teleport,
@@ -84,10 +85,10 @@ def sgd(name, images, limit):
 def estimators(name, limit=None):
     """φ and ψ of 100 networks on one batch of 200."""
     experiment = correlation.EXPERIMENTS[name]
-    widths, n, k = experiment.widths, correlation.ESTIMATION_BATCH, len(experiment.radii)
+    widths, n, k = experiment.widths, correlation.ESTIMATION_BATCH, len(RADII[name])
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     stacks = [init_weights(widths, range(experiment.stack)) for _ in range(100 // experiment.stack)]
-    seconds = best_seconds(lambda: estimate(stacks, x, y, experiment.radii, 0, LeakyReLU()))
+    seconds = best_seconds(lambda: estimate(stacks, x, y, RADII[name], 0, LeakyReLU()))
     first, above = widths[0] * widths[1], connections(widths[1:])
     phi = 100 * first + k * first + 100 * k * above
     # γ' and γ'': for each pair M h and M² h, and their products with h^+ (n inputs, or d)
@@ -125,11 +126,13 @@ def sharpness_step(name, runs, limit):
     widths = experiment.widths
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     weights = init_weights(widths, range(runs))
-    draws = script.RADII, experiment.directions, 0, LeakyReLU()
+    draws = script.TELEPORT_RADII, experiment.directions, 0, LeakyReLU()
     # the path has one evaluation more than steps
     seconds = best_seconds(lambda: teleport_sharpness(weights, x, y, 1e-2, 1, *draws), 2) / 2
     products = widths[0] * widths[1] + runs * 3 * connections(widths[1:])
-    return Row(seconds, 2 * n * len(script.RADII) * experiment.directions * products, limit)
+    return Row(
+        seconds, 2 * n * len(script.TELEPORT_RADII) * experiment.directions * products, limit
+    )
 
 
 def curvature_step(limit, runs=5):

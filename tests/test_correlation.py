@@ -17,7 +17,7 @@ from conftest import GOLDEN
 from data import load_dataset, load_sample
 from init_directory import ROOT, UserError
 from models import LeakyReLU, evaluate, init_weights, train_epoch_sgd
-from teleportation import estimate
+from teleportation import RADII, estimate
 
 SMALL = ("--sample", "--dataset", "MNIST", "--runs", "4", "--epochs", "2", "--batches", "3")
 
@@ -53,7 +53,7 @@ def test_experiments_have_the_published_settings():
     ):
         experiment = correlation.EXPERIMENTS[name]
         assert (experiment.widths, experiment.lr) == (widths, lr)
-        radii = 10 * experiment.radii if name != "MNIST" else experiment.radii
+        radii = 10 * RADII[name] if name != "MNIST" else RADII[name]
         assert len(radii) == 20
         assert radii[0] == pytest.approx(0.001) and radii[-1] == pytest.approx(0.191)
     published = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}
@@ -96,8 +96,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_epoch_named(tmp_path):
         )
 
 
-def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, run_script):
-    done = run_script("correlation.py", *SMALL, "--output", tmp_path)
+def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, call):
+    done = call(correlation, *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     figures = tmp_path / "figures/sample/correlation"
     names = ["test_loss_vs_curvature", "test_loss_vs_sharpness", "curvature_vs_sharpness"]
@@ -115,33 +115,31 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, run
     first = {path.name: path.read_bytes() for path in figures.iterdir()}
     for path in figures.iterdir():
         path.unlink()
-    again = run_script("correlation.py", *SMALL, "--plot-only", "--output", tmp_path)
+    again = call(correlation, *SMALL, "--plot-only", "--output", tmp_path)
     assert again.returncode == 0, again.stderr
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
 
-    fewer = run_script(
-        "correlation.py", *SMALL, "--plot-only", "--batches", 2, "--output", tmp_path
-    )
+    fewer = call(correlation, *SMALL, "--plot-only", "--batches", 2, "--output", tmp_path)
     assert fewer.returncode == 0, fewer.stderr
     entry = json.loads((figures / "summary.json").read_text())["datasets"]["MNIST"]
     r = stats.pearsonr(phi[:2].mean(0), test_loss).statistic
     assert entry["sharpness"]["pearson"] == pytest.approx(r, abs=1e-5)
 
-    more = run_script("correlation.py", *SMALL, "--plot-only", "--batches", 4, "--output", tmp_path)
+    more = call(correlation, *SMALL, "--plot-only", "--batches", 4, "--output", tmp_path)
     assert more.returncode == 2 and "orthant.npz has 3 of 4 batches" in more.stderr
 
     log = tmp_path / "logs/correlation/MNIST-sample-2epochs/estimates-4runs-orthant.npz"
     log.rename(log.with_name("estimates-4runs-sphere.npz"))
-    other = run_script("correlation.py", *SMALL, "--sphere", "--output", tmp_path)
+    other = call(correlation, *SMALL, "--sphere", "--output", tmp_path)
     assert other.returncode == 2 and "was made with other settings (directions)" in other.stderr
 
 
-def test_a_dataset_keeps_the_others_in_the_table(tmp_path, run_script):
+def test_a_dataset_keeps_the_others_in_the_table(tmp_path, call):
     for name in ("MNIST", "FashionMNIST"):
-        done = run_script("correlation.py", *SMALL, "--dataset", name, "--output", tmp_path)
+        done = call(correlation, *SMALL, "--dataset", name, "--output", tmp_path)
     assert "| MNIST | Fashion-MNIST |" in done.stdout
-    other = run_script("correlation.py", *SMALL, "--batches", 2, "--output", tmp_path)
-    assert "| MNIST |\n" in other.stdout  # the other dataset's was made with other settings
+    other = call(correlation, *SMALL, "--runs", 5, "--output", tmp_path)
+    assert "| MNIST |\n" in other.stdout  # the other dataset has no such runs
 
 
 def test_directions_on_the_sphere_give_another_sharpness_and_the_same_curvature():
@@ -152,10 +150,10 @@ def test_directions_on_the_sphere_give_another_sharpness_and_the_same_curvature(
     assert torch.equal(orthant[1], sphere[1])
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, run_script):
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, call):
     arguments = [*SMALL, "--epochs", "20", "--runs", "54"]  # two stacks
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_script("correlation.py", *arguments, "--output", whole).returncode == 0
+    assert call(correlation, *arguments, "--output", whole).returncode == 0
     command = [sys.executable, ROOT / "correlation.py", *arguments, "--output", killed]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first_result = killed / "logs/correlation/MNIST-sample-20epochs/runs000-049.npz"
@@ -165,15 +163,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, run_scrip
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(np.load(first_result)["train_loss"]) < 20
-    assert run_script("correlation.py", *arguments, "--output", killed).returncode == 0
+    assert call(correlation, *arguments, "--output", killed).returncode == 0
     assert_same(results(whole), results(killed))
 
 
-def test_more_batches_go_on_from_those_that_are_there(tmp_path, run_script):
+def test_more_batches_go_on_from_those_that_are_there(tmp_path, call):
     once, twice = tmp_path / "once", tmp_path / "twice"
-    run_script("correlation.py", *SMALL, "--batches", "8", "--output", once)
+    call(correlation, *SMALL, "--batches", "8", "--output", once)
     for batches in (2, 8):  # the sample's 1,000 images are shuffled anew after 5 batches
-        run_script("correlation.py", *SMALL, "--batches", batches, "--output", twice)
+        call(correlation, *SMALL, "--batches", batches, "--output", twice)
     assert_same(results(once), results(twice))
 
 
@@ -243,8 +241,8 @@ def test_partial_correlation_is_that_of_the_residuals():
         ([*SMALL, "--plot-only"], "is missing or not finished: run without --plot-only first"),
     ],
 )
-def test_bad_input_gets_a_sentence(tmp_path, run_script, arguments, words):
-    done = run_script("correlation.py", *arguments, "--output", tmp_path)
+def test_bad_input_gets_a_sentence(tmp_path, call, arguments, words):
+    done = call(correlation, *arguments, "--output", tmp_path)
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr
 

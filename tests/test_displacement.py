@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from scipy.special import ellipeinc
 
 import displacement_integration as displacement
-from init_directory import ROOT, run
+from init_directory import ROOT
 
 FIGURES = ("integral_kx_sqr", "integral_circle", "collapse")
 CURVATURES = (0, 0.01, 0.3, 0.5, 1, 7, 40)
@@ -192,12 +192,7 @@ def test_script_draws_the_exact_figure(tmp_path):
     assert displacement.parabola_displacement(back["kr"], 1) == pytest.approx(2 / np.pi, abs=2e-5)
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["displacement_integration.py", *map(str, arguments)])
-    run(displacement.main)
-
-
-def test_script_draws_the_polyline(monkeypatch, tmp_path):
+def test_script_draws_the_polyline(monkeypatch, call, tmp_path):
     drawn = {}
     draw_panel = displacement.draw_panel
 
@@ -206,7 +201,7 @@ def test_script_draws_the_polyline(monkeypatch, tmp_path):
         return draw_panel(curvature, curves, title)
 
     monkeypatch.setattr(displacement, "draw_panel", spy)
-    call(monkeypatch, "--polyline", "0.3", "--output", tmp_path)
+    assert call(displacement, "--polyline", "0.3", "--output", tmp_path).returncode == 0
     summary = summary_of(tmp_path)
     assert (summary["parabola_drawn"], summary["polyline_spacing"]) == ("polyline", 0.3)
     curves = drawn["Parabola $y = k x^2$: polyline, 0.3 apart"]
@@ -216,19 +211,16 @@ def test_script_draws_the_polyline(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("value", ("-1", "0", "nan", "inf", "1e-9", "11", "one", ""))
-def test_bad_spacing_is_one_sentence(monkeypatch, capsys, tmp_path, value):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "--polyline", value, "--output", tmp_path)
-    assert stop.value.code == 2
+def test_bad_spacing_is_one_sentence(call, tmp_path, value):
+    done = call(displacement, "--polyline", value, "--output", tmp_path)
+    assert done.returncode == 2
     sentence = f"argument --polyline: {value!r} is not a number from 0.001 to 10\n"
-    assert capsys.readouterr().err.endswith(sentence)
+    assert done.stderr.endswith(sentence)
     assert not list(tmp_path.iterdir())
 
 
-def test_output_that_is_a_file(monkeypatch, capsys, tmp_path):
+def test_output_that_is_a_file(call, tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "--output", tmp_path / "file")
-    assert stop.value.code == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    done = call(displacement, "--output", tmp_path / "file")
+    assert done.returncode == 2 and str(tmp_path / "file") in done.stderr
     assert (tmp_path / "file").read_text() == "kept"

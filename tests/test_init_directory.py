@@ -213,7 +213,7 @@ def test_other_settings_than_the_published_have_a_folder_of_their_own():
     published = {"runs": 100, "sphere": False}
 
     def folder(**changes):
-        args = published | {"output": "out", "sample": False} | changes
+        args = published | {"output": Path("out"), "sample": False} | changes
         return figures_folder(argparse.Namespace(**args), "correlation", published)
 
     assert folder() == Path("out/figures/correlation")

@@ -232,7 +232,7 @@ def interrupt_after(updates):
 def test_an_interrupted_task_ends_with_the_same_numbers(tmp_path, monkeypatch, method):
     monkeypatch.setattr(script, "SAVE_SECONDS", 0)
     monkeypatch.setattr(script, "TEST_SETS", {"few": [1, 2]})
-    task = script.Method(SMALL[method], 5, 20), 0
+    task = script.Method(SMALL[method], 5, 20, "C0"), 0
     for name, updates in (("whole", 99), ("cut", 3), ("cut", 99)):
         with contextlib.suppress(KeyboardInterrupt):
             script.train(*task, tmp_path / name, {}, interrupt_after(updates))
@@ -244,7 +244,7 @@ def test_an_interrupted_task_ends_with_the_same_numbers(tmp_path, monkeypatch, m
 
 def test_training_that_diverges_ends_with_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(regression, "LR_RANGE", (1.0, 1.0))
-    task = script.Method(SMALL["LSTM(lr)"], 1, 100), 0, tmp_path / "lr-0.npz", {}
+    task = script.Method(SMALL["LSTM(lr)"], 1, 100, "C0"), 0, tmp_path / "lr-0.npz", {}
     with pytest.raises(UserError, match="lr-0, training trajectory 0: the loss is not finite at"):
         script.train(*task, lambda n: None)
 
@@ -253,7 +253,7 @@ def test_what_diverges_is_counted_and_larger_than_all_else(monkeypatch):
     monkeypatch.setattr(script, "TEST_SETS", {"published 5": [1] * 5, "fresh 100": [1] * 3})
     loss = np.ones((2, 101, 8), np.float32)
     loss[0, 50:, 6] = np.nan
-    losses = dict.fromkeys(script.STYLES, script.finite(loss))
+    losses = dict.fromkeys(script.COLOURS, script.finite(loss))
     losses["LSTM(lr,tele)"] = losses["LSTM(lr)"] / 2
     summary = script.summarise(losses, dict.fromkeys(losses, 1e-3), 1e-4)
     method = summary["methods"]["LSTM(lr)"]
@@ -262,31 +262,27 @@ def test_what_diverges_is_counted_and_larger_than_all_else(monkeypatch):
     ratios = summary["ratios_of_losses"]["of"]
     assert ratios["LSTM(lr,tele) / LSTM(lr)"]["lower"] == "the first"
     assert ratios["LSTM(update,tele) / LSTM(update)"]["lower"] == "unclear"
-    assert summary["claim_that_teleporting_lowers_the_loss"] == "holds for one of two"
+    assert summary["claim_that_teleporting_lowers_the_loss"] == "holds for 1 of 2"
     assert "1 [1, ∞] | 1 of 6" in script.table(summary)
+    assert "| 0.5 [0.5, 0.5] | 0.5, 0.5 | the first |" in script.table(summary)
 
 
-def test_quick_ends_with_table_and_figures(tmp_path, run_script, monkeypatch, capsys):
-    name = "learn-to-teleport/multi_layer_regression.py"
+def test_quick_ends_with_table_and_figures(tmp_path, run_script, call, monkeypatch):
     options = ["--quick", "--seeds", "1", "--output", tmp_path]
-    done = run_script(name, *options)
+    done = run_script("learn-to-teleport/multi_layer_regression.py", *options)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "learn-to-teleport/figures/quick"
+    folder = tmp_path / "learn-to-teleport/figures/quick/1seeds"
     names = [f"multi_layer_loss{suffix}" for suffix in ("", "_vs_time", "_vs_gradient")]
     expected = {f"{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
     assert {p.name for p in folder.iterdir()} == expected | {"summary.json", "table.md"}
     assert json.loads((folder / "summary.json").read_text())["seeds"] == 1
     assert (folder / "table.md").read_text() in done.stdout
 
-    def plot_only(*more):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, options), "--plot-only", *more])
-        script.main()
-        return capsys.readouterr().out
-
     monkeypatch.setattr(script, "draw", lambda *_: None)
-    assert plot_only() == done.stdout
-    with pytest.raises(UserError, match="lstm-update-tele-1.npz is not finished"):
-        plot_only("--seeds", "2")
+    assert call(script, *options, "--plot-only").stdout == done.stdout
+    other = call(script, *options, "--plot-only", "--seeds", "2")
+    assert other.returncode == 2
+    assert "lstm-update-tele-1.npz is missing or not finished" in other.stderr
 
 
 def test_ctrl_c_ends_all_processes_quietly(tmp_path):

@@ -33,7 +33,7 @@ def train(name, stack, folder, bar=None, epochs=EPOCHS):
     experiment = script.EXPERIMENTS[name]
     path = folder / f"{name}-{stack}.npz"
     return script.train_stack(
-        load_sample("MNIST"), WIDTHS, experiment, stack, RUNS, epochs, path, {}, bar or Bar()
+        load_sample("MNIST"), experiment, stack, RUNS, epochs, path, {}, bar or Bar()
     )
 
 
@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_epoch_named(tmp_path):
     experiment = script.Experiment(lambda p: torch.optim.SGD(p, lr=1e30), 0, 1e-4)
     with pytest.raises(UserError, match="SGD-kept, epoch 0: .* not finite"):
         script.train_stack(
-            load_sample("MNIST"), WIDTHS, experiment, "kept", 2, 3, tmp_path / "SGD-kept", {}, Bar()
+            load_sample("MNIST"), experiment, "kept", 2, 3, tmp_path / "SGD-kept", {}, Bar()
         )
 
 
@@ -116,9 +116,9 @@ def test_reach_is_the_first_epoch_at_the_target():
     assert script.reach(loss, np.arange(3.0), np.zeros(3))["runs"] == 0
 
 
-def test_the_sample_ends_with_table_and_figures(tmp_path, run_script):
+def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     options = ["--sample", "--runs", "2", "--epochs", "3", "--optimizer", "RMSprop"]
-    done = run_script("teleport_optimization.py", *options, "--output", tmp_path)
+    done = call(script, *options, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     figures = tmp_path / "figures/sample/optimization"
     names = ["loss_vs_epoch", "loss_vs_time", "arms", "teleports"]
@@ -129,7 +129,8 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, run_script):
     plain = summary["optimizers"]["RMSprop"]["plain"]
     assert plain["after_epoch"]["3"]["minus_plain"] == {"mean": 0, "low": 0, "high": 0}
     assert (figures / "MNIST_table.md").read_text() in done.stdout
-    again = run_script("teleport_optimization.py", *options, "--plot-only", "--output", tmp_path)
+    monkeypatch.setattr(script, "save_figure", lambda *_: None)
+    again = call(script, *options, "--plot-only", "--output", tmp_path)
     assert again.stdout == done.stdout
-    other = run_script("teleport_optimization.py", *options, "--plot-only", "--epochs", "9")
+    other = call(script, *options, "--plot-only", "--epochs", "9")
     assert other.returncode == 2 and "run without --plot-only first" in other.stderr

@@ -9,7 +9,6 @@ import torch
 
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
-from init_directory import UserError
 from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
 from teleportation import act, curvature_along
 
@@ -52,7 +51,7 @@ def test_published_teleports():
         assert [t.lr for t in teleports] == list(rates)
         assert [t.number for t in teleports] == [10, 2, 5, 10 if name == "CIFAR10" else 5]
         assert [t.steps for t in teleports] == [10, 10, 1, 1]
-    np.testing.assert_allclose(script.RADII, np.arange(0.1, 0.95, 0.1))
+    np.testing.assert_allclose(script.TELEPORT_RADII, np.arange(0.1, 0.95, 0.1))
     assert MNIST.directions == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
 
 
@@ -142,27 +141,26 @@ def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
 @pytest.mark.parametrize(
     ("claim", "low", "high", "expected"),
     [
-        ("up", 0.1, 0.2, "holds"),
-        ("up", -0.1, 0.2, "not seen"),
-        ("up", -0.2, -0.1, "opposite"),
-        ("down", -0.2, -0.1, "holds"),
-        ("down", 0.1, 0.2, "opposite"),
-        ("little", -0.1, 0.1, "holds"),
-        ("little", 0.1, 0.2, "does not hold"),
+        ("rises", 0.1, 0.2, "holds"),
+        ("rises", -0.1, 0.2, "not seen"),
+        ("rises", -0.2, -0.1, "opposite"),
+        ("falls", -0.2, -0.1, "holds"),
+        ("falls", 0.1, 0.2, "opposite"),
+        ("changes little", -0.01, 0.01, "holds"),
+        ("changes little", 0.01, 0.02, "holds"),  # not 0, and little
+        ("changes little", -0.1, 0.01, "open"),
+        ("changes little", 0.1, 0.2, "does not hold"),
+        ("changes little", -0.2, -0.1, "does not hold"),
     ],
 )
 def test_verdicts(claim, low, high, expected):
-    assert script.verdict(claim, {"mean": 0, "low": low, "high": high}) == expected
+    assert script.verdict(claim, {"low": low, "high": high}, little=0.03) == expected
 
 
-def test_the_sample_ends_with_table_and_figures(short, tmp_path, monkeypatch, capsys):
-    def main(*more):
-        options = ["--sample", "--dataset", "MNIST", "--runs", "2", "--output", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["script", *options, *more])
-        script.main()
-        return capsys.readouterr().out
-
-    printed = main()
+def test_the_sample_ends_with_table_and_figures(short, tmp_path, call, monkeypatch):
+    options = ["--sample", "--dataset", "MNIST", "--runs", "2", "--output", tmp_path]
+    done = call(script, *options)
+    assert done.returncode == 0, done.stderr
     figures = tmp_path / "figures/sample/generalization"
     names = ["sharpness", "curvature", "sharpness_and_curvature_along_training"]
     expected = {f"MNIST_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
@@ -170,12 +168,16 @@ def test_the_sample_ends_with_table_and_figures(short, tmp_path, monkeypatch, ca
         "MNIST_summary.json",
         "MNIST_table.md",
     }
-    summary = json.loads((figures / "MNIST_summary.json").read_text())
-    assert summary["arms"]["plain"]["after_epoch"]["15"]["minus_plain"]["mean"] == 0
-    assert (figures / "MNIST_table.md").read_text("utf-8") in printed
-    assert main("--plot-only") == printed
-    with pytest.raises(UserError, match="run without --plot-only first"):
-        main("--plot-only", "--runs", "3")
+    arms = json.loads((figures / "MNIST_summary.json").read_text())["arms"]
+    assert arms["plain"]["after_epoch"]["15"]["minus_plain"]["mean"] == 0
+    after = {arm: arms[arm]["after_epoch"]["14"] for arm in ("sharpness increase", "random")}
+    difference = after["sharpness increase"]["test_loss"] - after["random"]["test_loss"]
+    assert after["sharpness increase"]["minus_control"]["mean"] == pytest.approx(difference)
+    assert (figures / "MNIST_table.md").read_text("utf-8") in done.stdout
+    monkeypatch.setattr(script, "save_figure", lambda *_: None)
+    assert call(script, *options, "--plot-only").stdout == done.stdout
+    other = call(script, *options, "--plot-only", "--runs", "3")
+    assert other.returncode == 2 and "not finished: run without --plot-only first" in other.stderr
 
 
 def test_the_samples_teleports_are_a_tenth(monkeypatch):

@@ -469,3 +469,15 @@ def test_a_step_in_curvature_is_no_longer_than_the_longest(case, activation):
     for member in g:
         ends = [torch.linalg.matrix_exp(t * M) for t in (-0.5, 0.5)]  # |M| = 1
         assert any(torch.allclose(member, end) for end in ends)
+
+
+def test_a_step_in_sharpness_is_no_longer_than_the_longest(case, activation):
+    weights, x, y, *_ = case
+    draws = {"radii": [0.5], "number": 2, "seed": 4, "activation": activation}
+    lr = torch.tensor([1e-3, 1e9, -1e9]).double()
+    _, free = teleport_sharpness(weights, x, y, lr, 1, **draws, return_path=True)
+    _, cut = teleport_sharpness(weights, x, y, lr, 1, **draws, longest=0.5, return_path=True)
+    for g, expected in zip(cut["group_elements"], free["group_elements"]):
+        T, far = g - torch.eye(len(g[0])), expected - torch.eye(len(g[0]))
+        torch.testing.assert_close(T[0], far[0])
+        torch.testing.assert_close(T[1:], 0.5 * far[1:] / far[1:].norm(dim=(-2, -1), keepdim=True))
