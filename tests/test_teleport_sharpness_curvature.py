@@ -51,6 +51,7 @@ def test_published_teleports():
         assert [t.lr for t in teleports] == list(rates)
         assert [t.number for t in teleports] == [10, 2, 5, 10 if name == "CIFAR10" else 5]
         assert [t.steps for t in teleports] == [10, 10, 1, 1]
+        assert [t.stop for t in teleports] == [4.0, 2.0, np.inf, np.inf]
     np.testing.assert_allclose(script.TELEPORT_RADII, np.arange(0.1, 0.95, 0.1))
     assert MNIST.directions == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
 
