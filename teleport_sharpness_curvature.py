@@ -361,37 +361,27 @@ def summarise(result):
         }
         if arm in CLAIMS:
             little = LITTLE * float(loss["plain"][-1].mean())
-            verdicts = {
-                against: {
-                    epoch: verdict(CLAIMS[arm], at[f"minus_{against}"], little)
-                    for epoch, at in after.items()
-                }
-                for against in others
-            }
-            summary[arm] |= {"claim": CLAIMS[arm], "control": CONTROLS[arm], "verdicts": verdicts}
+            for at in after.values():
+                at["verdicts"] = [verdict(CLAIMS[arm], at[f"minus_{k}"], little) for k in others]
+            summary[arm] |= {"claim": CLAIMS[arm], "control": CONTROLS[arm]}
     return summary
 
 
 def table(name, summary):
-    """Return a dataset's test losses and verdicts as Markdown."""
-    header = [TITLES[name]]
-    for epoch in EPOCHS_SHOWN:
-        header += [f"test loss, epoch {epoch}", "− plain"]
-    rows, verdicts = [], []
+    """Return a dataset's test losses and verdicts as Markdown: of the claims, then of the rest."""
+    header = [TITLES[name], "after epoch", "test loss", "− plain"]
+    claims, others = [], []
     for arm, entry in summary.items():
-        cells = [arm]
-        for at in entry["after_epoch"].values():
-            cells += [f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
-        rows.append(cells)
-        if arm in CLAIMS:
-            given = [", ".join(entry["verdicts"][key].values()) for key in ("plain", "control")]
-            at = entry["after_epoch"].values()
-            controlled = ", ".join(interval_text(a["minus_control"]) for a in at)
-            verdicts.append([f"{arm}: it {entry['claim']}", given[0], controlled, given[1]])
-    epochs = ", ".join(map(str, EPOCHS_SHOWN))
-    claims = [f"{TITLES[name]}: how the test loss changes", f"against plain, epochs {epochs}"]
-    claims += ["− control", "against the control"]
-    return f"{markdown(header, rows)}\n{markdown(claims, verdicts)}"
+        for epoch, at in entry["after_epoch"].items():
+            cells = [arm, str(epoch), f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
+            if arm in CLAIMS:
+                cells[0] = f"{arm}: the loss {entry['claim']} (control: {entry['control']})"
+                on_plain, on_control = at["verdicts"]
+                claims.append([*cells, on_plain, interval_text(at["minus_control"]), on_control])
+            else:
+                others.append(cells)
+    claims = markdown([*header, "verdict", "− control", "verdict"], claims)
+    return f"{claims}\n{markdown(header, others)}"
 
 
 def draw_losses(name, result, quantity, path):
