@@ -108,9 +108,10 @@ def train_stack(data, experiment, runs, epochs, path, settings, bar):
 def estimate_all(stacks, test_loss, data, batches, sphere, path, settings):
     """Estimate φ and ψ of all networks on each batch; resume from `path`.
 
-    stacks: a list of stacks of weights; test_loss: [runs], by which estimates of other networks are
-    known, and made anew. Saves it, sharpness and curvature at `path`, [batches or more,
-    runs], as many as an earlier run may have had, and the seconds that they took.
+    stacks: a list of stacks of weights; test_loss: [runs], of these networks. Saves at `path`
+    sharpness and curvature [batches, runs], test_loss, and the seconds that they took. Estimates
+    saved for other networks, of another test_loss, are made anew; more batches than asked for are
+    kept.
     """
     state = load(path, settings) or {}
     if not np.array_equal(state.get("test_loss"), test_loss):
@@ -237,9 +238,7 @@ def correlate(a, b):
 
 def partial_correlation(a, b, given):
     """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed."""
-    from scipy import stats
-
-    r_ab, r_ag, r_bg = (stats.pearsonr(*p).statistic for p in ((a, b), (a, given), (b, given)))
+    (_, r_ab, r_ag), (_, _, r_bg), _ = np.corrcoef([a, b, given])
     return float((r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2)))
 
 
@@ -283,12 +282,10 @@ def table(summary, caption):
 
 def scatter(a, b, r, labels, title, path):
     """Draw a scatter plot of two arrays [runs], which correlate with r, and their line."""
-    from scipy import stats
-
     axes = Figure(figsize=(4, 3.2)).add_subplot(xlabel=labels[0], ylabel=labels[1], title=title)
     axes.scatter(a, b, s=12, alpha=0.7, linewidths=0)
-    ends, line = np.array([a.min(), a.max()]), stats.linregress(a, b)
-    axes.plot(ends, line.slope * ends + line.intercept, color="black", label=f"r = {r:.3f}")
+    ends = np.array([a.min(), a.max()])
+    axes.plot(ends, np.polyval(np.polyfit(a, b, 1), ends), color="black", label=f"r = {r:.3f}")
     axes.legend()
     save_figure(axes.figure, path)
 
@@ -345,8 +342,9 @@ def parse_arguments():
     )
     add("--sphere", action="store_true", help="draw φ's directions on the sphere, not the orthant")
     args = parser.parse_args()
-    batches = 20 if args.sample else published["batches"]
-    return argparse.Namespace(**({"batches": batches} | vars(args)))
+    if "batches" not in args:
+        args.batches = 20 if args.sample else published["batches"]
+    return args
 
 
 def main():

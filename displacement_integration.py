@@ -30,6 +30,7 @@ SPACING = 0.1  # of the published polyline's vertices, in x
 SPACINGS = (0.001, 10)  # that --polyline takes; the finest needs about 15 seconds
 NODES = 48  # Gauss-Legendre nodes on either side of a crossing
 ANGLES = 720  # midpoints on the half circle, for the polyline
+# by radius; 0.1 is in both panels
 COLOUR = {r: f"C{i}" for i, r in enumerate(PARABOLA_RADII + CIRCLE_RADII[1:])}
 
 
@@ -173,7 +174,10 @@ def summarise(exact, polyline, circle, spacing):
 
 
 def displacement_integration(spacing=None, output=ROOT):
-    """Make Figure 7 and its numbers in `output`/figures; with a spacing, from the polyline."""
+    """Make Figure 7 and its numbers in `output`/figures.
+
+    With a spacing, the parabola's panel is the polyline's, in a folder of that name.
+    """
     vertices = spacing or SPACING
     exact = {r: parabola_displacement(PARABOLA_K, r) for r in PARABOLA_RADII}
     polyline = {r: polyline_displacement(PARABOLA_K, r, vertices) for r in PARABOLA_RADII}
@@ -185,7 +189,7 @@ def displacement_integration(spacing=None, output=ROOT):
         "integral_circle": draw_panel(1 / CIRCLE_K, circle, "Circle of radius $k$"),
         "collapse": draw_collapse(exact, polyline, vertices),
     }
-    folder = Path(output) / "figures"
+    folder = Path(output) / "figures" / (f"polyline-{spacing:g}" if spacing else "")
     for name, figure in figures.items():
         figure.axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         save_figure(figure, folder / f"curvature_displacement_{name}")
@@ -215,7 +219,7 @@ def main():
         type=vertex_spacing,
         help="draw the parabola's panel as published, from distances to a polyline; SPACING is "
         "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1 "
-        "(default: off, exact distances)",
+        "goes to figures/polyline-SPACING/ (default: off, exact distances)",
     )
     parser.add_argument(
         "--output",

@@ -86,7 +86,8 @@ def load(path, settings):
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-        found = dict(json.loads(str(arrays.pop("about")))["settings"])
+        about = json.loads(str(arrays.pop("about")))
+        found, commit = dict(about["settings"]), about["made_with"]["commit"]
     except Exception:  # zipfile and numpy raise many kinds
         print(f"{path} is damaged and counts as missing.", file=sys.stderr)
         return None
@@ -101,7 +102,15 @@ def load(path, settings):
             f"{path} was made with other settings ({', '.join(differing)}): "
             "move it away, or choose another --output."
         )
+    if commit != made_with()["commit"]:
+        note(f"{path.parent} has results of commit {commit}, not of this code.")
     return arrays
+
+
+@functools.cache  # once is enough
+def note(sentence):
+    """Print a sentence to stderr."""
+    print(sentence, file=sys.stderr)
 
 
 def provenance(path):
@@ -138,6 +147,7 @@ def made_with():
         "commit": git or None,
         "python": sys.version.split()[0],
         "torch": torch and torch.__version__,
+        "cpu": torch and torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -281,20 +291,23 @@ def interval_text(difference):
     return "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference)
 
 
+def plot_interval(axes, x, mean, low, high, **style):
+    """Plot a line with a band around it; all are [len(x)]."""
+    (line,) = axes.plot(x, mean, **style)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
 def plot_band(axes, x, values, **style):
     """Plot the mean over runs of values: [len(x), runs], with a band of a standard deviation."""
     mean, deviation = values.mean(1), values.std(1, ddof=1)
-    (line,) = axes.plot(x, mean, **style)
-    band = mean - deviation, mean + deviation
-    axes.fill_between(x, *band, color=line.get_color(), alpha=0.15, lw=0)
+    plot_interval(axes, x, mean, mean - deviation, mean + deviation, **style)
 
 
 def plot_difference(axes, x, values, reference, **style):
     """Plot the `paired_difference` of values and reference: [len(x), runs], with its interval."""
     rows = [paired_difference(*pair) for pair in zip(values, reference)]
-    mean, low, high = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
-    (line,) = axes.plot(x, mean, **style)
-    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    columns = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
+    plot_interval(axes, x, *columns, **style)
 
 
 def run(main):

@@ -118,12 +118,10 @@ def one_hot(y, weights):
 
 def check_finite(losses):
     """Raise FloatingPointError, naming run and step, if a loss of losses: [steps, ...] is not."""
-    bad = (~losses.reshape(len(losses), -1).isfinite()).nonzero()
+    bad = (~losses.isfinite()).nonzero()
     if len(bad):
-        step, run = bad[0].tolist()
-        raise FloatingPointError(
-            f"the loss of run {run} of the stack is not finite at step {step} of the epoch"
-        )
+        step, *run = bad[0].tolist()
+        raise FloatingPointError(f"the loss of run {run} of the stack is not finite at step {step}")
 
 
 def split_epoch(images, moves, batch_size):

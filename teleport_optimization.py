@@ -41,6 +41,7 @@ from init_directory import (
     plot_band,
     plot_difference,
     progress,
+    provenance,
     run,
     save,
     save_figure,
@@ -358,7 +359,8 @@ def table(summary):
         header += [f"test loss, epoch {epoch}", "− plain", "− reset"]
     header += ["reaches plain's final loss: runs, epochs, s", "moves, s"]
     for optimizer, arms in summary.items():
-        for arm, entry in arms.items():
+        for arm in ARMS:
+            entry = arms[arm]
             cells = [optimizer, arm]
             for at in entry["after_epoch"].values():
                 cells += [f"{at['test_loss']:.4f}"]
@@ -371,12 +373,20 @@ def table(summary):
 
 
 def report(args):
-    """Draw and print what logs/ has of the optimizers asked for."""
+    """Draw and print what logs/ has of the optimizers asked for, and print that of the others."""
     folder = figures_folder(args, "optimization", DEFAULTS)
     summary = {}
-    for optimizer in args.optimizer:
-        result = measure(optimizer, args)
-        summary[optimizer] = summarise(result)
+    for optimizer in EXPERIMENTS:
+        try:
+            result = measure(optimizer, args)
+        except UserError:
+            if optimizer in args.optimizer:
+                raise
+            continue
+        made = {"made_with": provenance(place(optimizer, "kept", args)[0])}
+        summary[optimizer] = summarise(result) | made
+        if optimizer not in args.optimizer:
+            continue
         title, path = f"{args.dataset}, {optimizer}", folder / f"{args.dataset}_{optimizer}"
         for against in ("epoch", "time"):
             draw_losses(result, against, title, f"{path}_loss_vs_{against}")

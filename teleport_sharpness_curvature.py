@@ -124,7 +124,7 @@ CLAIMS = {  # of the paper: how the test loss changes
     "curvature increase": "falls",
 }
 LITTLE = 0.01  # of plain's test loss
-CONTROLS = {arm: "random" if "sharpness" in arm else "random in one pair" for arm in CLAIMS}
+CONTROLS = {"sharpness decrease": "random", "curvature increase": "random in one pair"}
 ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
 COLOURS = dict(zip(ARMS, ("black", "C0", "C3", "C4", "C1", "C7", "C8", "C5")))
 CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
@@ -345,7 +345,7 @@ def summarise(result):
         own, fresh = change.mean(-1).sum(0)  # [3] each
         first = result["moves"][0, i, 0, 0].mean(-1)
         others = {"plain": loss["plain"]}
-        if arm in CLAIMS:
+        if arm in CONTROLS:
             others["control"] = loss[CONTROLS[arm]]
         after = losses_after(EPOCHS_SHOWN, loss[arm], others)
         summary[arm] = {
@@ -363,7 +363,7 @@ def summarise(result):
             little = LITTLE * float(loss["plain"][-1].mean())
             for at in after.values():
                 at["verdicts"] = [verdict(CLAIMS[arm], at[f"minus_{k}"], little) for k in others]
-            summary[arm] |= {"claim": CLAIMS[arm], "control": CONTROLS[arm]}
+            summary[arm] |= {"claim": CLAIMS[arm], "control": CONTROLS.get(arm)}
     return summary
 
 
@@ -375,12 +375,16 @@ def table(name, summary):
         for epoch, at in entry["after_epoch"].items():
             cells = [arm, str(epoch), f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
             if arm in CLAIMS:
-                cells[0] = f"{arm}: the loss {entry['claim']} (control: {entry['control']})"
-                on_plain, on_control = at["verdicts"]
-                claims.append([*cells, on_plain, interval_text(at["minus_control"]), on_control])
+                cells[0] = f"{arm}: the loss {entry['claim']}"
+                cells.append(at["verdicts"][0])
+                control = ["–"] * 3
+                if arm in CONTROLS:
+                    control = [entry["control"], interval_text(at["minus_control"])]
+                    control.append(at["verdicts"][1])
+                claims.append(cells + control)
             else:
                 others.append(cells)
-    claims = markdown([*header, "verdict", "− control", "verdict"], claims)
+    claims = markdown([*header, "verdict", "control", "− control", "verdict"], claims)
     return f"{claims}\n{markdown(header, others)}"
 
 
@@ -394,7 +398,7 @@ def draw_losses(name, result, quantity, path):
         i, colour = ARMS.index(arm), COLOURS[arm]
         plot_band(losses, epochs, result["train_loss"][:, i], color=colour, ls="--")
         plot_band(losses, epochs, result["test_loss"][:, i], color=colour, label=arm)
-    for arm in (*arms, CONTROLS[arms[-1]]):
+    for arm in (*arms, *(CONTROLS[arm] for arm in arms if arm in CONTROLS)):
         loss = result["test_loss"][:, ARMS.index(arm)]
         plot_difference(differences, epochs, loss, plain, color=COLOURS[arm], label=arm)
     losses.set(title=TITLES[name], xlabel="epoch", ylabel="loss (dashed: training)")

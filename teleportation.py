@@ -122,11 +122,11 @@ def pull_back(gradient, weights, x, activation):
         z = V @ h
         h = activation(z)
         h_pinv = pseudoinverse(h)
-        in_h = -U.mT @ gradient[m + 1] @ h_pinv.mT
+        grad_h = -U.mT @ gradient[m + 1] @ h_pinv.mT
         if h.shape[-1] < h.shape[-2]:
             in_row_space = gradient[m + 1].mT @ U @ h_pinv.mT
-            in_h = in_h + in_row_space - h @ (h_pinv @ in_row_space)
-        result.append(gradient[m] @ V.mT + (activation.derivative(z) * in_h) @ z.mT)
+            grad_h = grad_h + in_row_space - h @ (h_pinv @ in_row_space)
+        result.append(gradient[m] @ V.mT + (activation.derivative(z) * grad_h) @ z.mT)
     return result
 
 
@@ -149,8 +149,10 @@ def ascend(objective, weights, x, lr, steps, activation, stop=INF, longest=INF):
         loss, value, gradient = objective(weights)
         path.append((loss, value))
         if step < steps:
-            rate = torch.as_tensor(lr * (value <= stop))[..., None, None]
-            T = [rate * t for t in pull_back(gradient, weights, x, activation)]
+            going = (value <= stop)[..., None, None]
+            rate = torch.as_tensor(lr).to(value)[..., None, None]
+            T = pull_back(gradient, weights, x, activation)
+            T = [torch.where(going, rate * t, 0.0) for t in T]  # t may be infinite: not times 0
             lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
             T = [t * (longest / length).clamp(max=1) for t, length in zip(T, lengths)]
             elements = [identity + t for identity, t in zip(identities, T)]
@@ -221,6 +223,20 @@ def random_generators(widths, generator):
     return [M / M.norm() for M in generators]
 
 
+def perturbed(weights, x, directions):
+    """Yield the networks at w + d_k, as many at a time as fit the cache.
+
+    Each time those are the layers above the first, and the pre-activations W_0 X. Shapes are those
+    of `sharpness`.
+    """
+    z, dz = (weights[0] @ x).unsqueeze(-3), directions[0] @ x
+    chunk = max(1, CHUNK // z.numel())
+    for first in range(0, dz.shape[-3], chunk):
+        ks = slice(first, first + chunk)
+        upper = [w.unsqueeze(-3) + d[..., ks, :, :] for w, d in zip(weights[1:], directions[1:])]
+        yield upper, z + dz[..., ks, :, :]
+
+
 def sharpness(weights, x, y, directions, activation):
     """Return φ (Eq. 4): the mean over k of the loss at w + d_k, [...] for each run.
 
@@ -228,18 +244,10 @@ def sharpness(weights, x, y, directions, activation):
     [..., K, d_{m+1}, d_m], whose leading dimensions broadcast against the runs'. Directions
     without any are shared by all runs, and their products with x are then computed once.
     """
-    z, dz = (weights[0] @ x).unsqueeze(-3), directions[0] @ x
-    K = dz.shape[-3]
-    chunk = max(1, CHUNK // z.numel())
     total = 0
-    for first in range(0, K, chunk):
-        ks = slice(first, first + chunk)
-        perturbed = [
-            w.unsqueeze(-3) + d[..., ks, :, :] for w, d in zip(weights[1:], directions[1:])
-        ]
-        logits = propagate(perturbed, z + dz[..., ks, :, :], activation)
-        total = total + cross_entropy_of_logits(logits, y).sum(-1)
-    return total / K
+    for upper, z in perturbed(weights, x, directions):
+        total = total + cross_entropy_of_logits(propagate(upper, z, activation), y).sum(-1)
+    return total / directions[0].shape[-3]
 
 
 def curve_derivatives(weights, x, generators, activation):
@@ -257,7 +265,7 @@ def curve_derivatives(weights, x, generators, activation):
         V, U = weights[m], weights[m + 1]
         z = V @ h
         h_next, slope = activation(z), activation.derivative(z)
-        h_pinv = torch.linalg.pinv(h)
+        h_pinv = torch.linalg.pinv(h)  # dead units make h rank-deficient: no reason for a warning
         M2 = M @ M
         first[m] = first[m] + (M @ h_next / slope) @ h_pinv
         second[m] = second[m] + (M2 @ h_next / slope) @ h_pinv
@@ -329,20 +337,15 @@ def sharpness_and_gradient(weights, x, y, directions, activation):
     number K of directions each, so that many need not be in memory at once.
     """
     targets = one_hot(y, weights)
-    z = (weights[0] @ x).unsqueeze(-3)
-    chunk = max(1, CHUNK // z.numel())
     phi, delta_0, gradient, count = 0, 0, [0 for _ in weights], 0
     for block in directions:
-        dz = block[0] @ x
-        for first in range(0, len(dz), chunk):
-            ks = slice(first, first + chunk)
-            perturbed = [w.unsqueeze(-3) + d[ks] for w, d in zip(weights[1:], block[1:])]
-            loss, inputs, deltas = backpropagate(perturbed, z + dz[ks], targets, activation)
+        for upper, z in perturbed(weights, x, block):
+            loss, inputs, deltas = backpropagate(upper, z, targets, activation)
             phi = phi + loss.sum(-1)
             delta_0 = delta_0 + deltas[0].sum(-3)
             for m, (delta, h) in enumerate(zip(deltas[1:], inputs), start=1):
                 gradient[m] = gradient[m] + (delta @ h.mT).sum(-3)
-        count += len(dz)
+            count += loss.shape[-1]
     gradient[0] = delta_0 @ x.mT
     return phi / count, [g / count for g in gradient]
 
@@ -402,7 +405,7 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=
         _, derivative = curvature_along(weights, x, M, layer, activation)
         most = longest / M.norm()
         # a run whose activations lost their rank has no derivative: it stays
-        t = (lr * derivative).nan_to_num(0.0).clamp(-most, most)
+        t = (lr * derivative).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
         g = torch.linalg.matrix_exp(t[..., None, None] * M)
         V, U = weights[layer : layer + 2]
         weights[layer + 1], weights[layer] = group_action(U, V, h, g, activation)

@@ -64,10 +64,10 @@ def lstm_step(lstm, x, state):
     return v @ W_out, (h_1, c_1, h_2, c_2), (record_1, record_2, v)
 
 
-def cell_backward(W, records, in_h):
+def cell_backward(W, records, grad_h):
     """Return a cell's inputs v: [steps, inputs], and δ: [steps, 4 hidden], the gradients at v @ W.
 
-    records: of the steps of one trajectory; in_h: [steps, hidden], the gradients in each step's h
+    records: of the steps of one trajectory; grad_h: [steps, hidden], the gradients in each step's h
     that come from above. Those that come from the next step are added here, last step first.
     """
     v, gates, c, squashed = (np.stack(column) for column in zip(*records))
@@ -78,27 +78,27 @@ def cell_backward(W, records, in_h):
     delta = np.stack(slopes, 1)
     h_to_c = o * (1 - squashed * squashed)
     W_h = W[-2 - hidden : -2]
-    in_c = np.zeros_like(c[0])
+    grad_c = np.zeros_like(c[0])
     for k in reversed(range(steps)):
-        dh = in_h[k]
+        dh = grad_h[k]
         if k + 1 < steps:
             dh = dh + W_h @ delta[k + 1].ravel()
-            in_c = in_c * f[k + 1]
-        in_c = in_c + dh * h_to_c[k]
+            grad_c = grad_c * f[k + 1]
+        grad_c = grad_c + dh * h_to_c[k]
         delta[k, 0] *= dh
-        delta[k, 1:] *= in_c
+        delta[k, 1:] *= grad_c
     return v, delta.reshape(steps, -1)
 
 
-def backward(lstm, records, in_outputs):
+def backward(lstm, records, grad_outputs):
     """Return for each matrix W of an LSTM the pair v, δ with W's gradient v^T δ, for a window.
 
-    records: of `lstm_step` for each step of one trajectory; in_outputs: [steps, outputs], the
+    records: of `lstm_step` for each step of one trajectory; grad_outputs: [steps, outputs], the
     gradients in its outputs. The state before the window counts as constant, and so do all inputs.
     """
     W_1, W_2, W_out = lstm
     hidden = len(W_out) - 1
     records_1, records_2, v = zip(*records)
-    v_2, delta_2 = cell_backward(W_2, records_2, in_outputs @ W_out[:hidden].T)
+    v_2, delta_2 = cell_backward(W_2, records_2, grad_outputs @ W_out[:hidden].T)
     v_1, delta_1 = cell_backward(W_1, records_1, delta_2 @ W_2[:hidden].T)
-    return (v_1, delta_1), (v_2, delta_2), (np.stack(v), in_outputs)
+    return (v_1, delta_1), (v_2, delta_2), (np.stack(v), grad_outputs)

@@ -44,9 +44,11 @@ from init_directory import (
     compute_and_report,
     experiment_parser,
     load,
+    made_with,
     markdown,
     mine,
     progress,
+    provenance,
     rank_and_world,
     run,
     save,
@@ -64,6 +66,7 @@ from regression import (
     draw_problem,
     gradient_descent,
     learned,
+    lstms_of,
     matrices,
     new_training,
     restore,
@@ -171,6 +174,7 @@ def start_worker(count, stop):
     """Prepare a worker process; count: of trajectories done, and stop: an event, are shared."""
     global report_to_parent
     torch.set_num_threads(1)
+    made_with()  # now: the code may change while it runs
 
     def report_to_parent(n):
         with count.get_lock():
@@ -240,17 +244,32 @@ def tasks(methods, initialisations, folder):
     return listed
 
 
+def experiment(args):
+    """Return what the options ask for: methods, folders for figures and for logs, and tasks."""
+    methods, logs = METHODS, args.output / "logs" / "learn-to-teleport"
+    folder = args.output / "learn-to-teleport" / "figures"
+    if args.quick:
+        methods = {
+            name: method._replace(trajectories=math.ceil(method.trajectories / QUICK))
+            for name, method in METHODS.items()
+        }
+        folder, logs = folder / "quick", logs.with_name(f"{logs.name}-quick")
+    if args.seeds != SEEDS:
+        folder /= f"{args.seeds}seeds"
+    return methods, folder, logs, tasks(methods, args.seeds, logs)
+
+
 def finished(path, settings):
     """Return what `train` saves at a task's end, or None before it."""
     state = load(path, settings)
     return state if state and "loss" in state else None
 
 
-def compute(listed, processes):
+def compute(args):
     """Do this rank's share of the tasks that logs/ lacks: all of them but under torchrun."""
-    todo = [task for task in mine(listed) if not finished(*task[2:])]
+    todo = [task for task in mine(experiment(args)[-1]) if not finished(*task[2:])]
     if rank_and_world()[1] == 1 and todo:
-        run_tasks(todo, processes)
+        run_tasks(todo, args.processes)
     else:  # the ranks are the processes side by side
         total = sum(method.trajectories for method, *_ in todo)
         with progress(total=total, unit="trajectory", mininterval=1) as bar:
@@ -286,14 +305,12 @@ def seconds_a_step(methods, results, folder, plot_only):
         problem = draw_problem(TEST_SETS["published 5"][0])
         found = {}
         for name in results:
-            if name in methods:
-                networks = methods[name].networks
-                W = [results[name][0][f"W {k}"] for k in range(3 * len(networks))]
-                lstms = [W[k : k + 3] for k in range(0, len(W), 3)]
             times = []
             for _ in range(REPEATS):
                 optimizer = gradient_descent(GD_LR)
                 if name in methods:
+                    networks = methods[name].networks
+                    lstms = lstms_of(networks, results[name][0])
                     optimizer = learned(networks, lstms, problem)
                 start = time.perf_counter()
                 rollout(optimizer, problem, CLAIMED_STEP)
@@ -351,7 +368,7 @@ def summarise(losses, seconds, gd_lr):
         methods[name] = {"seconds_a_step": float(f"{seconds[name]:.3g}")}
         for test_set, loss in by_test_set(curves).items():
             at = {step: interval(loss[:, step].astype(float)) for step in STEPS_SHOWN}
-            diverged = int(np.isinf(loss).any(1).sum())
+            diverged = int((~(loss[:, -1] < loss[:, 0])).sum())  # ends no better than it began
             of = loss[:, 0].size
             methods[name][test_set] = {"loss_at_step": at, "diverged": diverged, "of": of}
     claims = [(name, method.without) for name, method in METHODS.items() if method.without]
@@ -442,21 +459,6 @@ def draw(losses, norms, seconds, against, path):
     save_figure(axes.figure, path)
 
 
-def experiment(args):
-    """Return what the options ask for: methods, folders for figures and for logs, and tasks."""
-    methods, logs = METHODS, args.output / "logs" / "learn-to-teleport"
-    folder = args.output / "learn-to-teleport" / "figures"
-    if args.quick:
-        methods = {
-            name: method._replace(trajectories=math.ceil(method.trajectories / QUICK))
-            for name, method in METHODS.items()
-        }
-        folder, logs = folder / "quick", logs.with_name(f"{logs.name}-quick")
-    if args.seeds != SEEDS:
-        folder /= f"{args.seeds}seeds"
-    return methods, folder, logs, tasks(methods, args.seeds, logs)
-
-
 def report(args):
     """Draw and print what logs/ has."""
     methods, folder, logs, listed = experiment(args)
@@ -475,7 +477,8 @@ def report(args):
     for against in ("epoch", "time", "gradient"):
         suffix = "" if against == "epoch" else f"_vs_{against}"
         draw(losses, norms, seconds, against, folder / f"multi_layer_loss{suffix}")
-    summary = {"seeds": args.seeds, "quick": args.quick} | summarise(losses, seconds, gd_lr)
+    about = {"seeds": args.seeds, "quick": args.quick, "made_with": provenance(listed[0][2])}
+    summary = about | summarise(losses, seconds, gd_lr)
     save_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     save_text(folder / "table.md", table(summary))
     print(f"\n{table(summary)}\nFigures, summary and table are in {folder}")
@@ -493,8 +496,7 @@ def parse_arguments():
 
 def main():
     torch.set_num_threads(1)
-    args = parse_arguments()
-    compute_and_report(args, lambda args: compute(experiment(args)[-1], args.processes), report)
+    compute_and_report(parse_arguments(), compute, report)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def residual_and_gradient(w, problem):
     h = ACTIVATION(z)
     residual = W_1 @ h - problem.y
     gradient = np.empty_like(w)
-    in_z = ACTIVATION.derivative(z) * (W_1.mT @ residual)
-    np.matmul(in_z, problem.x.mT, out=gradient[..., 0, :, :])
+    grad_z = ACTIVATION.derivative(z) * (W_1.mT @ residual)
+    np.matmul(grad_z, problem.x.mT, out=gradient[..., 0, :, :])
     np.matmul(residual, h.mT, out=gradient[..., 1, :, :])
     return residual, gradient
 
@@ -152,16 +152,16 @@ def teleport_backward(gradients, w, T, problem):
     slope, inverse_slope = ACTIVATION.derivative(z), 1 / ACTIVATION.derivative(h + T @ h)
     identity = np.eye(N, dtype=w.dtype)
     forth, back = (identity + T).mT, (identity - T).mT
-    in_w, in_a, in_U_new = np.empty_like(w), np.empty_like(h), np.empty_like(h)
+    grad_w, grad_a, grad_U_new = np.empty_like(w), np.empty_like(h), np.empty_like(h)
     after = np.zeros_like(w[0])
     for k in reversed(range(len(T))):
         after = after + gradients[k]
-        in_a[k] = inverse_slope[k] * (after[0] @ problem.x_pinv.T)
-        in_U_new[k] = after[1]
-        in_w[k, 0] = (slope[k] * (forth[k] @ in_a[k])) @ problem.x.T
-        in_w[k, 1] = after[1] @ back[k]
-        after = in_w[k]
-    return in_w, in_a @ h.mT - U.mT @ in_U_new
+        grad_a[k] = inverse_slope[k] * (after[0] @ problem.x_pinv.T)
+        grad_U_new[k] = after[1]
+        grad_w[k, 0] = (slope[k] * (forth[k] @ grad_a[k])) @ problem.x.T
+        grad_w[k, 1] = after[1] @ back[k]
+        after = grad_w[k]
+    return grad_w, grad_a @ h.mT - U.mT @ grad_U_new
 
 
 def window(networks, lstms, states, problem, w, gradient, first, steps):
@@ -191,25 +191,27 @@ def window(networks, lstms, states, problem, w, gradient, first, steps):
         gradients.append(gradient)
     gradients = np.stack(gradients)
     given = name_outputs(networks, [np.stack(y) for y in outputs])
-    in_outputs = {}
+    grad_outputs = {}
     if Ts:
         T = np.stack(Ts)
-        in_w, in_T = teleport_backward(gradients[1:], np.stack(before), T, problem)
-        unit, in_T = flat(T, 2) / T_NORM, flat(in_T, 2)
-        in_T = in_T - unit * (unit * in_T).sum(-1, keepdims=True)
-        in_outputs["T"] = in_T * (T_NORM / np.linalg.norm(given["T"], axis=-1, keepdims=True))
+        grad_w, grad_T = teleport_backward(gradients[1:], np.stack(before), T, problem)
+        unit, grad_T = flat(T, 2) / T_NORM, flat(grad_T, 2)
+        grad_T = grad_T - unit * (unit * grad_T).sum(-1, keepdims=True)
+        grad_outputs["T"] = grad_T * (T_NORM / np.linalg.norm(given["T"], axis=-1, keepdims=True))
     else:
-        in_w = gradients[:0:-1].cumsum(0)[::-1]
+        grad_w = gradients[:0:-1].cumsum(0)[::-1]
     if "update" in given:
-        in_outputs["update"] = flat(in_w, 3) * (np.abs(given["update"]) <= UPDATE_RANGE)
+        grad_outputs["update"] = flat(grad_w, 3) * (np.abs(given["update"]) <= UPDATE_RANGE)
     else:
         low, high = np.array([lr_range(t) for t in range(first, first + steps)], w.dtype).T
         inside = (given["lr"][:, 0] >= low) & (given["lr"][:, 0] <= high)
-        in_outputs["lr"] = -flat(in_w * gradients[:-1], 3).sum(-1, keepdims=True) * inside[:, None]
-    in_outputs = [
-        np.concatenate([in_outputs[name] for name in network.gives], -1) for network in networks
+        grad_outputs["lr"] = (
+            -flat(grad_w * gradients[:-1], 3).sum(-1, keepdims=True) * inside[:, None]
+        )
+    grad_outputs = [
+        np.concatenate([grad_outputs[name] for name in network.gives], -1) for network in networks
     ]
-    factors = side_by_side(backward, list(zip(lstms, records, in_outputs)))
+    factors = side_by_side(backward, list(zip(lstms, records, grad_outputs)))
     return w, residual, gradient, factors
 
 
@@ -261,6 +263,12 @@ def matrices(lstms, optimizers=()):
         (state,) = optimizer.state.values()
         arrays |= {f"{key} {k}": value for key, value in state.items()}
     return arrays
+
+
+def lstms_of(networks, arrays):
+    """Return the LSTMs whose `matrices` are in arrays."""
+    W = [arrays[f"W {k}"] for k in range(3 * len(networks))]
+    return [W[k : k + 3] for k in range(0, len(W), 3)]
 
 
 def restore(lstms, optimizers, arrays):

@@ -90,7 +90,7 @@ def test_a_stack_is_trained_from_its_runs_seeds_and_tested_on_the_test_images(tm
 
 def test_a_loss_that_is_not_finite_stops_with_the_epoch_named(tmp_path):
     experiment = correlation.EXPERIMENTS["MNIST"]._replace(lr=1e20)
-    with pytest.raises(UserError, match="runs, epoch 0: the loss of run 0 of the stack is not"):
+    with pytest.raises(UserError, match=r"runs, epoch 0: the loss of run \[0\] of the stack"):
         correlation.train_stack(
             load_sample("MNIST"), experiment, range(2), 2, tmp_path / "runs.npz", {}, Bar()
         )

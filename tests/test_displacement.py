@@ -164,17 +164,17 @@ def test_fine_polyline_is_the_parabola():
 
 def summary_of(folder):
     for name in FIGURES:
-        stem = folder / "figures" / f"curvature_displacement_{name}"
+        stem = folder / f"curvature_displacement_{name}"
         assert stem.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert len(list((folder / "figures").iterdir())) == 2 * len(FIGURES) + 1
-    return json.loads((folder / "figures" / "displacement_summary.json").read_text())
+    assert len(list(folder.iterdir())) == 2 * len(FIGURES) + 1
+    return json.loads((folder / "displacement_summary.json").read_text())
 
 
 def test_script_draws_the_exact_figure(tmp_path):
     script = ROOT / "displacement_integration.py"
     subprocess.run([sys.executable, script, "--output", tmp_path], cwd=tmp_path, check=True)
-    summary = summary_of(tmp_path)
+    summary = summary_of(tmp_path / "figures")
     assert summary["parabola_drawn"] == "exact"
     for r in displacement.PARABOLA_RADII:
         expected = displacement.parabola_displacement(np.array(summary["parabola_k"]), r)
@@ -202,7 +202,7 @@ def test_script_draws_the_polyline(monkeypatch, call, tmp_path):
 
     monkeypatch.setattr(displacement, "draw_panel", spy)
     assert call(displacement, "--polyline", "0.3", "--output", tmp_path).returncode == 0
-    summary = summary_of(tmp_path)
+    summary = summary_of(tmp_path / "figures/polyline-0.3")
     assert (summary["parabola_drawn"], summary["polyline_spacing"]) == ("polyline", 0.3)
     curves = drawn["Parabola $y = k x^2$: polyline, 0.3 apart"]
     for r in displacement.PARABOLA_RADII:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
+import init_directory as init_directory_module
 from init_directory import (
     FOLDERS,
     ROOT,
@@ -56,6 +57,17 @@ def test_a_result_with_other_settings_is_refused(tmp_path):
     save(path, SETTINGS, a=np.ones(1))
     with pytest.raises(UserError, match=r"result.npz was made with other settings \(epochs\)"):
         load(path, SETTINGS | {"epochs": 4})
+
+
+def test_a_result_of_other_code_is_named(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "result.npz", SETTINGS, a=np.ones(1))
+    load(tmp_path / "result.npz", SETTINGS)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(init_directory_module, "made_with", lambda: {"commit": "another"})
+    for _ in range(2):
+        load(tmp_path / "result.npz", SETTINGS)
+    errors = capsys.readouterr().err
+    assert errors.count("has results of commit ") == 1 and str(tmp_path) in errors
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "altered", "foreign"])

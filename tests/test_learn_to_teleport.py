@@ -252,18 +252,18 @@ def test_training_that_diverges_ends_with_a_sentence(tmp_path, monkeypatch):
 def test_what_diverges_is_counted_and_larger_than_all_else(monkeypatch):
     monkeypatch.setattr(script, "TEST_SETS", {"published 5": [1] * 5, "fresh 100": [1] * 3})
     loss = np.ones((2, 101, 8), np.float32)
-    loss[0, 50:, 6] = np.nan
+    loss[:, 0], loss[0, 50:, 6], loss[1, 100, 7] = 2, np.nan, 3
     losses = dict.fromkeys(script.COLOURS, script.finite(loss))
     losses["LSTM(lr,tele)"] = losses["LSTM(lr)"] / 2
     summary = script.summarise(losses, dict.fromkeys(losses, 1e-3), 1e-4)
     method = summary["methods"]["LSTM(lr)"]
-    assert [method[test_set]["diverged"] for test_set in script.TEST_SETS] == [0, 1]
+    assert [method[test_set]["diverged"] for test_set in script.TEST_SETS] == [0, 2]
     assert method["fresh 100"]["loss_at_step"][100] == {"median": 1.0, "low": 1.0, "high": None}
     ratios = summary["ratios_of_losses"]["of"]
     assert ratios["LSTM(lr,tele) / LSTM(lr)"]["lower"] == "the first"
     assert ratios["LSTM(update,tele) / LSTM(update)"]["lower"] == "unclear"
     assert summary["claim_that_teleporting_lowers_the_loss"] == "holds for 1 of 2"
-    assert "1 [1, ∞] | 1 of 6" in script.table(summary)
+    assert "1 [1, ∞] | 2 of 6" in script.table(summary)
     assert "| 0.5 [0.5, 0.5] | 0.5, 0.5 | the first |" in script.table(summary)
 
 

@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_is_named(activation):
     x, y = made_up_data()
     weights = double_weights([1, 2])
     weights[1][1] = float("inf")
-    with pytest.raises(FloatingPointError, match="run 1 of the stack is not finite at step 0"):
+    with pytest.raises(FloatingPointError, match=r"run \[1\] of the stack is not finite at step 0"):
         train_epoch_sgd(weights, x, y, 0.1, activation)
     model = MLP(double_weights([1, 2]), activation)
     with pytest.raises(FloatingPointError, match="not finite at step"):

@@ -126,6 +126,7 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     expected |= {"MNIST_summary.json", "MNIST_table.md"}
     assert {path.name for path in figures.iterdir()} == expected
     summary = json.loads((figures / "MNIST_summary.json").read_text())
+    assert summary["optimizers"].keys() == {"RMSprop"}
     plain = summary["optimizers"]["RMSprop"]["plain"]
     assert plain["after_epoch"]["3"]["minus_plain"] == {"mean": 0, "low": 0, "high": 0}
     assert (figures / "MNIST_table.md").read_text() in done.stdout

@@ -171,9 +171,9 @@ def test_the_sample_ends_with_table_and_figures(short, tmp_path, call, monkeypat
     }
     arms = json.loads((figures / "MNIST_summary.json").read_text())["arms"]
     assert arms["plain"]["after_epoch"]["15"]["minus_plain"]["mean"] == 0
-    after = {arm: arms[arm]["after_epoch"]["14"] for arm in ("sharpness increase", "random")}
-    difference = after["sharpness increase"]["test_loss"] - after["random"]["test_loss"]
-    assert after["sharpness increase"]["minus_control"]["mean"] == pytest.approx(difference)
+    after = {arm: arms[arm]["after_epoch"]["14"] for arm in ("sharpness decrease", "random")}
+    difference = after["sharpness decrease"]["test_loss"] - after["random"]["test_loss"]
+    assert after["sharpness decrease"]["minus_control"]["mean"] == pytest.approx(difference)
     assert (figures / "MNIST_table.md").read_text("utf-8") in done.stdout
     monkeypatch.setattr(script, "save_figure", lambda *_: None)
     assert call(script, *options, "--plot-only").stdout == done.stdout
