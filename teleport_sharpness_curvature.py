@@ -210,7 +210,7 @@ def move(weights, data, experiment, k):
     return both.permute(3, 0, 1, 2, 4), torch.tensor(seconds)
 
 
-def train_epoch_with_moves(weights, data, experiment):
+def train_epoch_with_moves(weights, data, experiment, bar):
     """Train by SGD for an epoch, in place, with a move before each of the first mini-batches.
 
     Returns the mean training loss [arms, runs], and what `move` returns with MOVES in front.
@@ -219,9 +219,11 @@ def train_epoch_with_moves(weights, data, experiment):
     loss, count, measurements = 0, 0, []
     for k, (rows, batches) in enumerate(split_epoch(len(x), MOVES, BATCH)):
         if k < MOVES:
+            bar.set_postfix_str(f"teleport {k + 1} of {MOVES}")
             measurements.append(move(weights, data, experiment, k))
         part = train_epoch_sgd(weights, x[rows], y[rows], experiment.lr, activation, BATCH)
         loss, count = loss + batches * part, count + batches
+    bar.set_postfix_str("")
     moves, seconds = (torch.stack(column) for column in zip(*measurements))
     return loss / count, moves, seconds
 
@@ -254,14 +256,15 @@ def train(data, experiment, runs, path, settings):
         weights = [torch.tensor(state[f"W{m}"]) for m in range(len(experiment.widths) - 1)]
     weights = [w.to(device) for w in weights]
     first = len(state["seconds"])
-    for epoch in progress(
+    bar = progress(
         iterable=range(first, EPOCHS), initial=first, total=EPOCHS, unit="epoch", desc=data.name
-    ):
+    )
+    for epoch in bar:
         start = time.perf_counter()
         try:
             if epoch == TELEPORT_EPOCH:
                 weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
-                loss, moves, seconds = train_epoch_with_moves(weights, data, experiment)
+                loss, moves, seconds = train_epoch_with_moves(weights, data, experiment, bar)
                 state |= {"moves": moves.cpu(), "move_seconds": seconds}
             else:
                 x, y = data.x_train, data.y_train
