@@ -262,10 +262,14 @@ def markdown(header, rows):
 
 
 def paired_difference(a, b):
-    """Return the mean of a − b over runs, arrays [runs], with its 95 % interval (Student's t)."""
+    """Return the mean of a − b over runs, arrays [runs], with its 95 % interval (Student's t).
+
+    Runs of which one is nan, since it diverged, are left out.
+    """
     from scipy import stats
 
     difference = np.asarray(a, float) - np.asarray(b, float)
+    difference = difference[~np.isnan(difference)]
     mean = difference.mean()
     half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
     return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half)}
@@ -279,7 +283,7 @@ def losses_after(epochs, loss, others):
     after = {}
     for epoch in epochs:
         now = loss[epoch - 1]
-        after[epoch] = {"test_loss": float(now.mean(dtype=float))} | {
+        after[epoch] = {"test_loss": float(np.nanmean(now, dtype=float))} | {
             f"minus_{name}": paired_difference(now, other[epoch - 1])
             for name, other in others.items()
         }
@@ -298,8 +302,11 @@ def plot_interval(axes, x, mean, low, high, **style):
 
 
 def plot_band(axes, x, values, **style):
-    """Plot the mean over runs of values: [len(x), runs], with a band of a standard deviation."""
-    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    """Plot the mean over runs of values: [len(x), runs], with a band of a standard deviation.
+
+    Those that are nan are left out.
+    """
+    mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
     plot_interval(axes, x, mean, mean - deviation, mean + deviation, **style)
 
 

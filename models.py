@@ -163,13 +163,13 @@ def train_epoch(model, x, y, optimizer, batch_size=20):
 
 
 @torch.no_grad()
-def train_epoch_sgd(weights, x, y, lr, activation, batch_size=20):
+def train_epoch_sgd(weights, x, y, lr, activation, batch_size=20, check=check_finite):
     """Train by plain SGD, in place, as `train_epoch` does with torch.optim.SGD(lr=lr).
 
     The first layer has nearly all of the weights. Its changes over a block of steps are kept as
     W_0 − lr Σ_j δ_j X_j^T and added at the block's end; until then W_0 X_k is corrected by
     −lr Σ_j δ_j (X_j^T X_k). The sums are the same, and the large products see many batches at once.
-    The weights must be contiguous.
+    The weights must be contiguous. check: called with the losses [steps, ...] in the end.
     """
     first_layer = weights[0].view(-1, weights[0].shape[-1])
     targets = one_hot(y, weights)
@@ -192,7 +192,7 @@ def train_epoch_sgd(weights, x, y, lr, activation, batch_size=20):
             losses.append(loss)
         first_layer.addmm_(delta_0.view(-1, len(X)), X, alpha=-lr)
     losses = torch.stack(losses)
-    check_finite(losses)
+    check(losses)
     return losses.mean(0)
 
 

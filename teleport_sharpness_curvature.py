@@ -14,7 +14,8 @@ first mini-batches, and go on with SGD. The arms, all runs of which train as one
                                                 curvature increase, in random directions
     refit                                       the pseudoinverse action with g = I alone
 
-Runs differ in their initial weights, and share the teleports' batches and draws. Results go to
+Runs differ in their initial weights, and share the teleports' batches and draws. A network that
+runs away has diverged: it is left out, and counted. Results go to
 logs/generalization/; an interrupted run goes on from there and ends with the same numbers.
 """
 
@@ -112,6 +113,7 @@ BATCH, TELEPORT_BATCH = 20, 2000
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
 LONGEST_T = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
+LARGEST = 1e6  # weight of a network that has not diverged
 MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
 PAIR = 1  # the pair of layers that curvature teleports act on: the second
 SEED = 54321  # run i has the seed (i + 1) * SEED
@@ -172,12 +174,24 @@ def teleport_pair(weights, x, y, experiment, quantity, k, generator):
     return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
 
 
+def set_aside(weights, diverged):
+    """Mark networks with a weight above LARGEST in diverged: [arms, runs], in place.
+
+    They get plain's weights, so that computations go on; what is measured of them is left out.
+    """
+    for w in weights:
+        diverged |= ~(w.abs() < LARGEST).all(-1).all(-1)  # written so that nan counts, too
+    for w in weights:
+        w.copy_(torch.where(diverged[..., None, None], w[:1], w))
+
+
 @torch.no_grad()
-def move(weights, data, experiment, k):
+def move(weights, data, experiment, k, diverged):
     """Give each arm its k-th move, in place; weights: [arms, runs, d_{m+1}, d_m].
 
     Returns loss, φ and κ before and after it on the teleport's batch and on a fresh one,
     [arms, 2 batches, 2, 3, runs], and the seconds of the moves in sharpness and in curvature.
+    diverged: as `set_aside` takes it.
     """
     activation, d = LeakyReLU(), experiment.widths[PAIR + 1]
     x, y = shuffled_batch(data, TELEPORT_BATCH, k)
@@ -205,23 +219,31 @@ def move(weights, data, experiment, k):
     for arm, (new, _) in moved.items():
         for w, own in zip(weights, new):
             w[ARMS.index(arm)] = own
+    set_aside(weights, diverged)
     after = [measured(weights, *batch, generator, k) for batch in batches]
     both = torch.stack([torch.stack(pair) for pair in zip(before, after)])  # [2, 2, 3, arms, runs]
     return both.permute(3, 0, 1, 2, 4), torch.tensor(seconds)
 
 
-def train_epoch_with_moves(weights, data, experiment, bar):
-    """Train by SGD for an epoch, in place, with a move before each of the first mini-batches.
+def train_epoch(weights, data, lr, diverged, rows=slice(None)):
+    """Train by SGD on rows of the images, in place; return the mean training loss [arms, runs]."""
+    x, y = data.x_train[rows], data.y_train[rows]
+    loss = train_epoch_sgd(weights, x, y, lr, LeakyReLU(), BATCH, check=lambda losses: None)
+    set_aside(weights, diverged)
+    return loss
+
+
+def train_epoch_with_moves(weights, data, experiment, diverged, bar):
+    """Train as `train_epoch` does, with a move before each of the first mini-batches.
 
     Returns the mean training loss [arms, runs], and what `move` returns with MOVES in front.
     """
-    x, y, activation = data.x_train, data.y_train, LeakyReLU()
     loss, count, measurements = 0, 0, []
-    for k, (rows, batches) in enumerate(split_epoch(len(x), MOVES, BATCH)):
+    for k, (rows, batches) in enumerate(split_epoch(len(data.x_train), MOVES, BATCH)):
         if k < MOVES:
             bar.set_postfix_str(f"teleport {k + 1} of {MOVES}")
-            measurements.append(move(weights, data, experiment, k))
-        part = train_epoch_sgd(weights, x[rows], y[rows], experiment.lr, activation, BATCH)
+            measurements.append(move(weights, data, experiment, k, diverged))
+        part = train_epoch(weights, data, experiment.lr, diverged, rows)
         loss, count = loss + batches * part, count + batches
     bar.set_postfix_str("")
     moves, seconds = (torch.stack(column) for column in zip(*measurements))
@@ -242,19 +264,22 @@ def train(data, experiment, runs, path, settings):
 
     Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch, `moves`
     [MOVES, arms, 2 batches, 2, 3, runs] and move_seconds [MOVES, 2] as `move` returns them,
-    seconds [EPOCHS] of training and moves, and the weights. Up to the teleports all arms are one.
-    Raises UserError where a loss is not finite or a teleport meets a matrix it can't invert.
+    seconds [EPOCHS] of training and moves, the weights, and which networks diverged [arms, runs];
+    theirs are nan from then on. Up to the teleports all arms are one. Raises UserError where a
+    teleport meets a matrix it can't invert.
     """
-    activation, device = LeakyReLU(), data.x_train.device
+    device = data.x_train.device
     state = load(path, settings)
     if state is None:
         weights = init_weights(experiment.widths, [(i + 1) * SEED for i in range(runs)])
         weights = [w[None] for w in weights]
         none = np.empty((0, len(ARMS), runs), np.float32)
         state = {"seconds": np.empty(0), **dict.fromkeys(CURVES, none)}
+        state["diverged"] = np.zeros((1, runs), bool)
     else:
         weights = [torch.tensor(state[f"W{m}"]) for m in range(len(experiment.widths) - 1)]
     weights = [w.to(device) for w in weights]
+    diverged = torch.tensor(state["diverged"], device=device)
     first = len(state["seconds"])
     bar = progress(
         iterable=range(first, EPOCHS), initial=first, total=EPOCHS, unit="epoch", desc=data.name
@@ -264,20 +289,23 @@ def train(data, experiment, runs, path, settings):
         try:
             if epoch == TELEPORT_EPOCH:
                 weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
-                loss, moves, seconds = train_epoch_with_moves(weights, data, experiment, bar)
+                diverged = diverged.repeat(len(ARMS), 1)
+                loss, moves, seconds = train_epoch_with_moves(
+                    weights, data, experiment, diverged, bar
+                )
+                moves.masked_fill_(diverged[:, None, None, None], math.nan)
                 state |= {"moves": moves.cpu(), "move_seconds": seconds}
             else:
-                x, y = data.x_train, data.y_train
-                loss = train_epoch_sgd(weights, x, y, experiment.lr, activation, BATCH)
-        except (FloatingPointError, ValueError) as error:
+                loss = train_epoch(weights, data, experiment.lr, diverged)
+        except ValueError as error:
             raise UserError(f"{data.name}, epoch {epoch}: {error}.") from None
         state["seconds"] = np.append(state["seconds"], time.perf_counter() - start)
-        test = evaluate(weights, data.x_test, data.y_test, activation)
+        test = evaluate(weights, data.x_test, data.y_test, LeakyReLU())
         values = (loss, *test, *estimate_along(weights, data))
         for curve, value in zip(CURVES, values):
-            value = value.expand(len(ARMS), runs).cpu()
+            value = value.masked_fill(diverged, math.nan).expand(len(ARMS), runs).cpu()
             state[curve] = np.concatenate([state[curve], value[None]])
-        state |= {f"W{m}": w.cpu() for m, w in enumerate(weights)}
+        state |= {f"W{m}": w.cpu() for m, w in enumerate(weights)} | {"diverged": diverged.cpu()}
         save(path, settings, **state)
     return state
 
@@ -305,7 +333,7 @@ def place(name, args):
         "seed": SEED,
         "batches": [BATCH, TELEPORT_BATCH],
         "longest": experiment.longest,
-        "course": [EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, LONGEST_T],
+        "course": [EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, LONGEST_T, LARGEST],
         "estimates": [list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH],
         "measured_directions": MEASURED_DIRECTIONS,
         "radii": list(TELEPORT_RADII),
@@ -345,13 +373,14 @@ def summarise(result):
     summary = {}
     for i, arm in enumerate(ARMS):
         change = result["moves"][:, i, :, 1] - result["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
-        own, fresh = change.mean(-1).sum(0)  # [3] each
-        first = result["moves"][0, i, 0, 0].mean(-1)
+        own, fresh = np.nanmean(change, -1).sum(0)  # [3] each
+        first = np.nanmean(result["moves"][0, i, 0, 0], -1)
         others = {"plain": loss["plain"]}
         if arm in CONTROLS:
             others["control"] = loss[CONTROLS[arm]]
         after = losses_after(EPOCHS_SHOWN, loss[arm], others)
         summary[arm] = {
+            "diverged": int(result["diverged"][i].sum()),
             "after_epoch": after,
             "moves": {
                 quantity: {
@@ -376,9 +405,10 @@ def table(name, summary):
     claims, others = [], []
     for arm, entry in summary.items():
         for epoch, at in entry["after_epoch"].items():
-            cells = [arm, str(epoch), f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
+            label = f"{arm} ({entry['diverged']} diverged)" if entry["diverged"] else arm
+            cells = [label, str(epoch), f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
             if arm in CLAIMS:
-                cells[0] = f"{arm}: the loss {entry['claim']}"
+                cells[0] += f": the loss {entry['claim']}"
                 cells.append(at["verdicts"][0])
                 control = ["–"] * 3
                 if arm in CONTROLS:
@@ -421,7 +451,7 @@ def draw_quantities(name, result, path):
     figure = Figure(figsize=(8.4, 3.4))
     for axes, curve, symbol in zip(figure.subplots(1, 2), ("sharpness", "curvature"), "φψ"):
         for i, arm in enumerate(ARMS):
-            values = result[curve][TELEPORT_EPOCH - 5 :, i].mean(1)
+            values = np.nanmean(result[curve][TELEPORT_EPOCH - 5 :, i], 1)
             epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
             axes.plot(epochs, values, color=COLOURS[arm], label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")

@@ -242,3 +242,6 @@ def test_paired_difference_is_students():
     assert found["mean"] == pytest.approx((a - b).mean())
     assert [found["low"], found["high"]] == pytest.approx([expected.low, expected.high])
     assert paired_difference(a, a) == {"mean": 0, "low": 0, "high": 0}
+    a[3] = np.nan
+    kept = np.arange(12) != 3
+    assert paired_difference(a, b) == paired_difference(a[kept], b[kept])

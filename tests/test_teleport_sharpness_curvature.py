@@ -14,6 +14,7 @@ from teleportation import act, curvature_along
 
 MNIST = script.EXPERIMENTS["MNIST"]
 SETTINGS = {"runs": 2}
+NONE = torch.zeros(len(script.ARMS), 2, dtype=bool)  # has diverged
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypa
 def test_a_move_is_what_the_log_says(short, trained):
     data = load_sample("MNIST")
     start, weights = [w[0] for w in trained], [w.clone() for w in trained]
-    moves, seconds = script.move(weights, data, MNIST, 0)
+    moves, seconds = script.move(weights, data, MNIST, 0, NONE)
     assert moves.shape == (len(script.ARMS), 2, 2, 3, 2) and seconds.shape == (2,)
     d = MNIST.widths[2]
     M = torch.rand(d, d, generator=torch.Generator().manual_seed(script.SEED))
@@ -129,7 +130,7 @@ def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
     monkeypatch.setattr(
         script, "random_group_elements", lambda g, draws: given.append(g) or draw(g, draws)
     )
-    script.move([w.clone() for w in trained], load_sample("MNIST"), MNIST, 0)
+    script.move([w.clone() for w in trained], load_sample("MNIST"), MNIST, 0, NONE)
     refit, random, in_one_pair = lengths.values()
     assert all((length == 0).all() for length in refit)
     for length, g in zip(random, given[0]):
@@ -137,6 +138,34 @@ def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
     assert (in_one_pair[0] == 0).all()
     (g,) = given[1]
     torch.testing.assert_close(in_one_pair[1], (g - torch.eye(10)).norm(dim=(-2, -1)))
+
+
+def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_path, monkeypatch):
+    teleport = script.teleport_curvature
+
+    def run_away(weights, *arguments):
+        new, g = teleport(weights, *arguments)
+        new[1][0, 1] = 1e30  # of curvature decrease, the second network
+        return new, g
+
+    whole = train(tmp_path / "whole.npz")
+    monkeypatch.setattr(script, "teleport_curvature", run_away)
+    state = train(tmp_path / "diverged.npz")
+    arm = script.ARMS.index("curvature decrease")
+    expected = NONE.numpy().copy()
+    expected[arm, 1] = True
+    np.testing.assert_array_equal(state["diverged"], expected)
+    for curve in script.CURVES:
+        np.testing.assert_array_equal(np.isnan(state[curve][12:]), np.tile(expected, (3, 1, 1)))
+        assert not np.isnan(state[curve][:12]).any()
+        np.testing.assert_allclose(state[curve][12:, ~expected], whole[curve][12:, ~expected], 1e-4)
+    summary = script.summarise(state)
+    assert summary["curvature decrease"]["diverged"] == 1
+    alone = state["test_loss"][12, arm, 0]
+    assert summary["curvature decrease"]["after_epoch"][13]["test_loss"] == pytest.approx(alone)
+    assert "| curvature decrease (1 diverged): the loss rises | 13 |" in script.table(
+        "MNIST", summary
+    )
 
 
 @pytest.mark.parametrize(
