@@ -11,6 +11,7 @@ to logs/correlation/; a run that was interrupted goes on from there and ends wit
 
 import argparse
 import json
+import math
 import time
 from typing import NamedTuple
 
@@ -257,7 +258,7 @@ def summarise(name, result):
     for quantity, other in others.items():
         summary[quantity] = correlate(result[quantity], loss) | {
             "given_the_other": partial_correlation(result[quantity], loss, result[other]),
-            "published": PUBLISHED_R[quantity][name],
+            "published": PUBLISHED_R[quantity].get(name, math.nan),
         }
     return summary
 
@@ -303,7 +304,7 @@ def draw(name, result, summary, folder):
 
 
 def report(args):
-    """Draw and print what logs/ has of the datasets asked for, and of others with such settings."""
+    """Draw and print what logs/ has of the datasets asked for, and print that of the others."""
     folder, summary = figures_folder(args, "correlation", PUBLISHED), {}
     for name in EXPERIMENTS:
         try:
@@ -331,7 +332,12 @@ def parse_arguments():
     parser = experiment_parser(__doc__)
     add, published = parser.add_argument, PUBLISHED
     add("--dataset", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which data")
-    add("--runs", type=at_least(4), default=published["runs"], help="networks of each dataset")
+    add(
+        "--runs",
+        type=at_least(4),
+        default=published["runs"],
+        help="networks of each; 4 or more",
+    )
     add("--epochs", type=at_least(1), default=published["epochs"], help="passes over the images")
     add(
         "--batches",

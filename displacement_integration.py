@@ -218,7 +218,7 @@ def main():
         metavar="SPACING",
         type=vertex_spacing,
         help="draw the parabola's panel as published, from distances to a polyline; SPACING is "
-        "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1 "
+        "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1; "
         "goes to figures/polyline-SPACING/ (default: off, exact distances)",
     )
     parser.add_argument(

@@ -12,8 +12,10 @@ import argparse
 import contextlib
 import datetime
 import functools
+import hashlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -87,7 +89,7 @@ def load(path, settings):
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
         about = json.loads(str(arrays.pop("about")))
-        found, commit = dict(about["settings"]), about["made_with"]["commit"]
+        found, made = dict(about["settings"]), about["made_with"]
     except Exception:  # zipfile and numpy raise many kinds
         print(f"{path} is damaged and counts as missing.", file=sys.stderr)
         return None
@@ -102,15 +104,16 @@ def load(path, settings):
             f"{path} was made with other settings ({', '.join(differing)}): "
             "move it away, or choose another --output."
         )
-    if commit != made_with()["commit"]:
-        note(f"{path.parent} has results of commit {commit}, not of this code.")
+    if made.get("code") != made_with()["code"]:
+        note(f"{path.parent} has results of other code, of commit {made.get('commit')}.")
     return arrays
 
 
 @functools.cache  # once is enough
 def note(sentence):
-    """Print a sentence to stderr."""
-    print(sentence, file=sys.stderr)
+    """Print a sentence to stderr, in rank 0."""
+    if rank_and_world()[0] == 0 and not multiprocessing.parent_process():
+        print(sentence, file=sys.stderr)
 
 
 def provenance(path):
@@ -136,7 +139,12 @@ def save_figure(figure, path):
 
 @functools.cache
 def made_with():
-    """Return what a result depends on beside its settings: the code's commit and the libraries."""
+    """Return what a result depends on beside its settings: the code, its commit, and the libraries.
+
+    The code is a hash of all scripts, which a change of other files leaves as it is.
+    """
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("learn-to-teleport/*.py")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(scripts)))
     command = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty"]
     try:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -144,6 +152,7 @@ def made_with():
         git = ""
     torch = sys.modules.get("torch")
     return {
+        "code": code.hexdigest()[:12],
         "commit": git or None,
         "python": sys.version.split()[0],
         "torch": torch and torch.__version__,
@@ -223,7 +232,12 @@ def experiment_parser(doc, on_datasets=True):
     if on_datasets:
         add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
         add("--device", type=device, default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
-        add("--data", type=Path, default=ROOT / "data", help="the datasets; fetched if missing")
+        add(
+            "--data",
+            type=Path,
+            default=ROOT / "data",
+            help="the datasets' folder; fetched if missing",
+        )
     return parser
 
 
@@ -264,12 +278,14 @@ def markdown(header, rows):
 def paired_difference(a, b):
     """Return the mean of a − b over runs, arrays [runs], with its 95 % interval (Student's t).
 
-    Runs of which one is nan, since it diverged, are left out.
+    Runs of which one is nan, since it diverged, are left out; of fewer than two all is None.
     """
     from scipy import stats
 
     difference = np.asarray(a, float) - np.asarray(b, float)
     difference = difference[~np.isnan(difference)]
+    if len(difference) < 2:
+        return dict.fromkeys(("mean", "low", "high"))
     mean = difference.mean()
     half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
     return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half)}
@@ -292,6 +308,8 @@ def losses_after(epochs, loss, others):
 
 def interval_text(difference):
     """Return what `paired_difference` returned as text."""
+    if difference["low"] is None:
+        return "–"
     return "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference)
 
 
@@ -313,7 +331,7 @@ def plot_band(axes, x, values, **style):
 def plot_difference(axes, x, values, reference, **style):
     """Plot the `paired_difference` of values and reference: [len(x), runs], with its interval."""
     rows = [paired_difference(*pair) for pair in zip(values, reference)]
-    columns = (np.array([row[key] for row in rows]) for key in ("mean", "low", "high"))
+    columns = (np.array([row[key] for row in rows], float) for key in ("mean", "low", "high"))
     plot_interval(axes, x, *columns, **style)
 
 

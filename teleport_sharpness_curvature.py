@@ -125,7 +125,7 @@ CLAIMS = {  # of the paper: how the test loss changes
     "curvature decrease": "rises",
     "curvature increase": "falls",
 }
-LITTLE = 0.01  # of plain's test loss
+LITTLE = 0.01  # of plain's final test loss
 CONTROLS = {"sharpness decrease": "random", "curvature increase": "random in one pair"}
 ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
 COLOURS = dict(zip(ARMS, ("black", "C0", "C3", "C4", "C1", "C7", "C8", "C5")))
@@ -178,9 +178,13 @@ def set_aside(weights, diverged):
     """Mark networks with a weight above LARGEST in diverged: [arms, runs], in place.
 
     They get plain's weights, so that computations go on; what is measured of them is left out.
+    Raises ValueError where plain's own diverge.
     """
     for w in weights:
         diverged |= ~(w.abs() < LARGEST).all(-1).all(-1)  # written so that nan counts, too
+    if diverged[0].any():
+        runs = diverged[0].nonzero().flatten().tolist()
+        raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
     for w in weights:
         w.copy_(torch.where(diverged[..., None, None], w[:1], w))
 
@@ -264,9 +268,10 @@ def train(data, experiment, runs, path, settings):
 
     Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch, `moves`
     [MOVES, arms, 2 batches, 2, 3, runs] and move_seconds [MOVES, 2] as `move` returns them,
-    seconds [EPOCHS] of training and moves, the weights, and which networks diverged [arms, runs];
-    theirs are nan from then on. Up to the teleports all arms are one. Raises UserError where a
-    teleport meets a matrix it can't invert.
+    seconds [EPOCHS] of training, moves and their measurements, the weights, and which networks
+    diverged [arms, runs]: their curves are nan from then on, and their moves if that was in the
+    epoch of the moves. Up to the teleports all arms are one. Raises UserError where plain SGD
+    diverges or a teleport meets a matrix that it can't invert.
     """
     device = data.x_train.device
     state = load(path, settings)
@@ -359,6 +364,8 @@ def verdict(claim, difference, little):
     little: so large a difference still is; within it a whole interval has to be to say so.
     """
     low, high = difference["low"], difference["high"]
+    if low is None:
+        return "too few"
     if claim == "changes little":
         if max(-low, high) < little:
             return "holds"
@@ -399,14 +406,19 @@ def summarise(result):
     return summary
 
 
+def label(arm, diverged):
+    """Return an arm's name, with how many of its networks diverged."""
+    return f"{arm} ({diverged} diverged)" if diverged else arm
+
+
 def table(name, summary):
     """Return a dataset's test losses and verdicts as Markdown: of the claims, then of the rest."""
     header = [TITLES[name], "after epoch", "test loss", "− plain"]
     claims, others = [], []
     for arm, entry in summary.items():
         for epoch, at in entry["after_epoch"].items():
-            label = f"{arm} ({entry['diverged']} diverged)" if entry["diverged"] else arm
-            cells = [label, str(epoch), f"{at['test_loss']:.4f}", interval_text(at["minus_plain"])]
+            cells = [label(arm, entry["diverged"]), str(epoch), f"{at['test_loss']:.4f}"]
+            cells.append(interval_text(at["minus_plain"]))
             if arm in CLAIMS:
                 cells[0] += f": the loss {entry['claim']}"
                 cells.append(at["verdicts"][0])
@@ -430,10 +442,12 @@ def draw_losses(name, result, quantity, path):
     for arm in arms:
         i, colour = ARMS.index(arm), COLOURS[arm]
         plot_band(losses, epochs, result["train_loss"][:, i], color=colour, ls="--")
-        plot_band(losses, epochs, result["test_loss"][:, i], color=colour, label=arm)
+        name_and_count = label(arm, result["diverged"][i].sum())
+        plot_band(losses, epochs, result["test_loss"][:, i], color=colour, label=name_and_count)
     for arm in (*arms, *(CONTROLS[arm] for arm in arms if arm in CONTROLS)):
-        loss = result["test_loss"][:, ARMS.index(arm)]
-        plot_difference(differences, epochs, loss, plain, color=COLOURS[arm], label=arm)
+        i = ARMS.index(arm)
+        style = {"color": COLOURS[arm], "label": label(arm, result["diverged"][i].sum())}
+        plot_difference(differences, epochs, result["test_loss"][:, i], plain, **style)
     losses.set(title=TITLES[name], xlabel="epoch", ylabel="loss (dashed: training)")
     differences.set(
         title="test loss − plain's, 95 % interval",

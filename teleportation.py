@@ -152,7 +152,8 @@ def ascend(objective, weights, x, lr, steps, activation, stop=INF, longest=INF):
             going = (value <= stop)[..., None, None]
             rate = torch.as_tensor(lr).to(value)[..., None, None]
             T = pull_back(gradient, weights, x, activation)
-            T = [torch.where(going, rate * t, 0.0) for t in T]  # t may be infinite: not times 0
+            # where t is infinite 0 times t is not 0, and no step is taken
+            T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in T]
             lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
             T = [t * (longest / length).clamp(max=1) for t, length in zip(T, lengths)]
             elements = [identity + t for identity, t in zip(identities, T)]

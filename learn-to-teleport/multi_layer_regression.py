@@ -105,6 +105,7 @@ SEED = 54321  # initialisation i has the seed (i + 1) * SEED
 SEEDS = 10  # initialisations of each method; 3 are too few: which LSTM blows up hangs on rounding
 SAVE_SECONDS = 20  # between saves during training
 REPEATS = 9  # of the run of CLAIMED_STEP steps whose seconds are measured
+LITTLE = 0.01  # so close to 1 a ratio of losses is no difference
 RESAMPLES = 2000  # of the bootstrap
 TUNED = "GD (tuned)"
 COLOURS = {"GD": "black", TUNED: "grey"} | {name: m.colour for name, m in METHODS.items()}
@@ -133,7 +134,7 @@ def tune_gradient_descent():
 
 
 def finite(losses):
-    """Return losses with infinity for all that are not finite: trajectories that diverged."""
+    """Return losses with infinity for all that are not finite."""
     return np.where(np.isfinite(losses), losses, np.inf)
 
 
@@ -345,7 +346,7 @@ def by_test_set(curves):
 
 
 def compare(a, b):
-    """Return the ratio of losses a / b at CLAIMED_STEP on fresh trajectories, and who is lower.
+    """Return the ratio of losses a / b at CLAIMED_STEP on fresh trajectories, and which is lower.
 
     a, b: [initialisations, steps + 1, trajectories of all TEST_SETS]; b may have one
     initialisation for all of a's. Pairs of which neither is finite count as equal. `of_each` has
@@ -357,7 +358,9 @@ def compare(a, b):
     result = interval(ratio)
     low, high = (np.inf if result[key] is None else result[key] for key in ("low", "high"))
     lower = "the first" if high < 1 else "the second" if low > 1 else "unclear"
-    of_each = [float(f"{value:.4g}") for value in np.median(ratio, axis=1)]
+    if lower != "unclear" and abs(np.median(ratio) - 1) < LITTLE:
+        lower = f"neither by {LITTLE:.0%}"
+    of_each = [float(f"{r:.4g}") if np.isfinite(r) else None for r in np.median(ratio, axis=1)]
     return result | {"lower": lower, "of_each": of_each}
 
 
@@ -380,7 +383,7 @@ def summarise(losses, seconds, gd_lr):
     elif "the first" in claimed:
         verdict = f"holds for {claimed.count('the first')} of {len(claimed)}"
     else:
-        verdict = "not seen" if "unclear" in claimed else "opposite"
+        verdict = "opposite" if "the second" in claimed else "not seen"
     return {
         "gd_tuned_lr": gd_lr,
         "methods": methods,
@@ -392,10 +395,11 @@ def summarise(losses, seconds, gd_lr):
 def table(summary):
     """Return the losses and their ratios as Markdown."""
 
+    def number(value, digits=3):
+        return "∞" if value is None else f"{value:.{digits}g}"
+
     def cell(entry, digits=3):
-        values = (entry[key] for key in ("median", "low", "high"))
-        values = ("∞" if value is None else f"{value:.{digits}g}" for value in values)
-        return "{} [{}, {}]".format(*values)
+        return "{} [{}, {}]".format(*(number(entry[k], digits) for k in ("median", "low", "high")))
 
     header = ["method", "trajectories", *(f"loss, step {step}" for step in STEPS_SHOWN)]
     header, rows = [*header, "diverged", "ms a step"], []
@@ -407,7 +411,7 @@ def table(summary):
             rows.append([*cells, f"{found['diverged']} of {found['of']}", milliseconds])
     compared = [f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories", "median"]
     ratios = [
-        [pair, cell(entry, 4), ", ".join(f"{r:.4g}" for r in entry["of_each"]), entry["lower"]]
+        [pair, cell(entry, 4), ", ".join(number(r, 4) for r in entry["of_each"]), entry["lower"]]
         for pair, entry in summary["ratios_of_losses"]["of"].items()
     ]
     verdict = summary["claim_that_teleporting_lowers_the_loss"]
@@ -423,7 +427,8 @@ def draw(losses, norms, seconds, against, path):
 
     losses, norms: {method: [initialisations, steps + 1, trajectories of all TEST_SETS]}. Against
     epoch or time: mean and standard deviation of the loss, the band cut at the lowest loss;
-    against the loss: the mean |∇L|² at each epoch. Runs that diverge are left out and counted.
+    against the loss: the mean |∇L|² at each epoch. Runs that are not finite by CLAIMED_STEP are
+    left out and counted.
     """
     axes = Figure(figsize=(5.2, 3.8)).add_subplot(yscale="log", ylabel="loss")
     partners = {method.without for method in METHODS.values()}
@@ -436,7 +441,7 @@ def draw(losses, norms, seconds, against, path):
             for curves in (losses, norms)
         )
         kept = np.isfinite(loss).all(0)
-        label = name if kept.all() else f"{name}, {(~kept).sum()} of {len(kept)} diverged"
+        label = name if kept.all() else f"{name}, {(~kept).sum()} of {len(kept)} not finite"
         if not kept.any():
             axes.plot([], [], label=label, **style)
             continue

@@ -63,11 +63,11 @@ def test_a_result_of_other_code_is_named(tmp_path, capsys, monkeypatch):
     save(tmp_path / "result.npz", SETTINGS, a=np.ones(1))
     load(tmp_path / "result.npz", SETTINGS)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(init_directory_module, "made_with", lambda: {"commit": "another"})
+    monkeypatch.setattr(init_directory_module, "made_with", lambda: {"code": "another"})
     for _ in range(2):
         load(tmp_path / "result.npz", SETTINGS)
     errors = capsys.readouterr().err
-    assert errors.count("has results of commit ") == 1 and str(tmp_path) in errors
+    assert errors.count("has results of other code, of commit ") == 1 and str(tmp_path) in errors
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "altered", "foreign"])
@@ -245,3 +245,4 @@ def test_paired_difference_is_students():
     a[3] = np.nan
     kept = np.arange(12) != 3
     assert paired_difference(a, b) == paired_difference(a[kept], b[kept])
+    assert paired_difference(a[2:4], b[2:4]) == {"mean": None, "low": None, "high": None}

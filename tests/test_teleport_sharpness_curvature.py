@@ -9,6 +9,7 @@ import torch
 
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
+from init_directory import UserError
 from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
 from teleportation import act, curvature_along
 
@@ -166,6 +167,12 @@ def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_pat
     assert "| curvature decrease (1 diverged): the loss rises | 13 |" in script.table(
         "MNIST", summary
     )
+
+
+def test_plain_sgd_that_diverges_ends_with_a_sentence(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(lr=1e3))
+    with pytest.raises(UserError, match=r"MNIST, epoch 0: plain SGD's networks \[0, 1\] diverge"):
+        train(tmp_path / "plain.npz")
 
 
 @pytest.mark.parametrize(
