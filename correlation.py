@@ -27,7 +27,9 @@ from init_directory import (
     experiment_parser,
     figures_folder,
     load,
+    load_finished,
     markdown,
+    measure_all,
     mine,
     progress,
     provenance,
@@ -35,7 +37,6 @@ from init_directory import (
     save,
     save_figure,
     save_text,
-    unfinished,
     wait_for_all,
 )
 from models import LeakyReLU, evaluate, init_weights, train_epoch_sgd
@@ -170,10 +171,7 @@ def places(name, args):
 
 def finished(path, settings):
     """Return what `train_stack` has saved at `path` in the end. Raises UserError before that."""
-    state = load(path, settings)
-    if state is None or "test_loss" not in state:
-        raise unfinished(path)
-    return state
+    return load_finished(path, settings, lambda state: "test_loss" in state)
 
 
 def compute(args):
@@ -305,17 +303,11 @@ def draw(name, result, summary, folder):
 
 def report(args):
     """Draw and print what logs/ has of the datasets asked for, and print that of the others."""
-    folder, summary = figures_folder(args, "correlation", PUBLISHED), {}
-    for name in EXPERIMENTS:
-        try:
-            result = measure(name, args)
-        except UserError:
-            if name in args.dataset:
-                raise
-            continue
-        summary[name] = summarise(name, result)
-        if name in args.dataset:
-            draw(name, result, summary[name], folder)
+    folder = figures_folder(args, "correlation", PUBLISHED)
+    results = measure_all(EXPERIMENTS, args.dataset, lambda name: measure(name, args))
+    summary = {name: summarise(name, result) for name, result in results.items()}
+    for name in args.dataset:
+        draw(name, results[name], summary[name], folder)
     caption = (
         f"{args.runs} networks, {args.epochs} epochs, {args.batches} batches, directions on the "
         f"{'sphere' if args.sphere else 'positive orthant'}"

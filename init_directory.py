@@ -250,9 +250,27 @@ def compute_and_report(args, compute, report):
         report(args)
 
 
-def unfinished(path):
-    """Return the error that a result is missing, or not whole, where it is to be reported."""
-    return UserError(f"{path} is missing or not finished: run without --plot-only first.")
+def load_finished(path, settings, finished):
+    """Return what `load` does. Raises UserError where it is missing or not yet finished(arrays)."""
+    arrays = load(path, settings)
+    if arrays is None or not finished(arrays):
+        raise UserError(f"{path} is missing or not finished: run without --plot-only first.")
+    return arrays
+
+
+def measure_all(names, asked, measure):
+    """Return {name: measure(name)} of the names that logs/ has results of.
+
+    Raises the UserError that `measure` raises for one of those `asked` for.
+    """
+    results = {}
+    for name in names:
+        try:
+            results[name] = measure(name)
+        except UserError:
+            if name in asked:
+                raise
+    return results
 
 
 def figures_folder(args, name, published):

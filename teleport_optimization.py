@@ -35,8 +35,10 @@ from init_directory import (
     figures_folder,
     interval_text,
     load,
+    load_finished,
     losses_after,
     markdown,
+    measure_all,
     mine,
     plot_band,
     plot_difference,
@@ -46,7 +48,6 @@ from init_directory import (
     save,
     save_figure,
     save_text,
-    unfinished,
 )
 from models import MLP, LeakyReLU, evaluate, init_weights, split_epoch, train_epoch
 from teleportation import act, loss_and_gradient_norm_squared, random_group_elements, teleport
@@ -242,13 +243,10 @@ def measure(optimizer, args):
     after which an arm's runs, trained as one stack, end each epoch, and moves
     [TELEPORTS, arms, 4, runs]. Raises UserError where results are missing.
     """
-    states = []
-    for stack in STACKS:
-        path, settings = place(optimizer, stack, args)
-        state = load(path, settings)
-        if state is None or len(state["seconds"]) < args.epochs:
-            raise unfinished(path)
-        states.append(state)
+    states = [
+        load_finished(*place(optimizer, stack, args), lambda s: len(s["seconds"]) >= args.epochs)
+        for stack in STACKS
+    ]
     result = {
         key: np.concatenate([state[key] for state in states], axis=1) for key in (*CURVES, "moves")
     }
@@ -375,18 +373,13 @@ def table(summary):
 def report(args):
     """Draw and print what logs/ has of the optimizers asked for, and print that of the others."""
     folder = figures_folder(args, "optimization", DEFAULTS)
+    results = measure_all(EXPERIMENTS, args.optimizer, lambda name: measure(name, args))
     summary = {}
-    for optimizer in EXPERIMENTS:
-        try:
-            result = measure(optimizer, args)
-        except UserError:
-            if optimizer in args.optimizer:
-                raise
-            continue
+    for optimizer, result in results.items():
         made = {"made_with": provenance(place(optimizer, "kept", args)[0])}
         summary[optimizer] = summarise(result) | made
-        if optimizer not in args.optimizer:
-            continue
+    for optimizer in args.optimizer:
+        result = results[optimizer]
         title, path = f"{args.dataset}, {optimizer}", folder / f"{args.dataset}_{optimizer}"
         for against in ("epoch", "time"):
             draw_losses(result, against, title, f"{path}_loss_vs_{against}")

@@ -37,6 +37,7 @@ from init_directory import (
     figures_folder,
     interval_text,
     load,
+    load_finished,
     losses_after,
     markdown,
     mine,
@@ -48,7 +49,6 @@ from init_directory import (
     save,
     save_figure,
     save_text,
-    unfinished,
 )
 from models import LeakyReLU, cross_entropy, evaluate, init_weights, split_epoch, train_epoch_sgd
 from teleportation import (
@@ -352,10 +352,7 @@ def place(name, args):
 def measure(name, args):
     """Return the arrays of `train` for a dataset from logs/. Raises UserError if they miss some."""
     _, path, settings = place(name, args)
-    state = load(path, settings)
-    if state is None or len(state["seconds"]) < EPOCHS:
-        raise unfinished(path)
-    return state
+    return load_finished(path, settings, lambda state: len(state["seconds"]) == EPOCHS)
 
 
 def verdict(claim, difference, little):

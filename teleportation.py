@@ -224,13 +224,13 @@ def random_generators(widths, generator):
     return [M / M.norm() for M in generators]
 
 
-def perturbed(weights, x, directions):
+def perturbed(weights, z, x, directions):
     """Yield the networks at w + d_k, as many at a time as fit the cache.
 
-    Each time those are the layers above the first, and the pre-activations W_0 X. Shapes are those
-    of `sharpness`.
+    z: W_0 X of the networks themselves, which many calls can share. Each time those are the layers
+    above the first, and the pre-activations W_0 X. Shapes are those of `sharpness`.
     """
-    z, dz = (weights[0] @ x).unsqueeze(-3), directions[0] @ x
+    z, dz = z.unsqueeze(-3), directions[0] @ x
     chunk = max(1, CHUNK // z.numel())
     for first in range(0, dz.shape[-3], chunk):
         ks = slice(first, first + chunk)
@@ -246,7 +246,7 @@ def sharpness(weights, x, y, directions, activation):
     without any are shared by all runs, and their products with x are then computed once.
     """
     total = 0
-    for upper, z in perturbed(weights, x, directions):
+    for upper, z in perturbed(weights, weights[0] @ x, x, directions):
         total = total + cross_entropy_of_logits(propagate(upper, z, activation), y).sum(-1)
     return total / directions[0].shape[-3]
 
@@ -337,11 +337,11 @@ def sharpness_and_gradient(weights, x, y, directions, activation):
     directions: an iterable of lists as `sharpness` takes them, shared by all runs and with the same
     number K of directions each, so that many need not be in memory at once.
     """
-    targets = one_hot(y, weights)
+    targets, z = one_hot(y, weights), weights[0] @ x
     phi, delta_0, gradient, count = 0, 0, [0 for _ in weights], 0
     for block in directions:
-        for upper, z in perturbed(weights, x, block):
-            loss, inputs, deltas = backpropagate(upper, z, targets, activation)
+        for upper, z_k in perturbed(weights, z, x, block):
+            loss, inputs, deltas = backpropagate(upper, z_k, targets, activation)
             phi = phi + loss.sum(-1)
             delta_0 = delta_0 + deltas[0].sum(-3)
             for m, (delta, h) in enumerate(zip(deltas[1:], inputs), start=1):

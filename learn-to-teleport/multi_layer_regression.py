@@ -44,6 +44,7 @@ from init_directory import (
     compute_and_report,
     experiment_parser,
     load,
+    load_finished,
     made_with,
     markdown,
     mine,
@@ -54,7 +55,6 @@ from init_directory import (
     save,
     save_figure,
     save_text,
-    unfinished,
 )
 from regression import (
     FIRST_LR,
@@ -260,15 +260,14 @@ def experiment(args):
     return methods, folder, logs, tasks(methods, args.seeds, logs)
 
 
-def finished(path, settings):
-    """Return what `train` saves at a task's end, or None before it."""
-    state = load(path, settings)
-    return state if state and "loss" in state else None
+def finished(state):
+    """Return whether a task's log is what `train` saves at the end."""
+    return "loss" in state
 
 
 def compute(args):
     """Do this rank's share of the tasks that logs/ lacks: all of them but under torchrun."""
-    todo = [task for task in mine(experiment(args)[-1]) if not finished(*task[2:])]
+    todo = [task for task in mine(experiment(args)[-1]) if not finished(load(*task[2:]) or {})]
     if rank_and_world()[1] == 1 and todo:
         run_tasks(todo, args.processes)
     else:  # the ranks are the processes side by side
@@ -285,10 +284,7 @@ def measure(methods, listed):
     """
     results = {name: [] for name in methods}
     for _, _, path, settings in listed:
-        result = finished(path, settings)
-        if result is None:
-            raise unfinished(path)
-        results[settings["method"]].append(result)
+        results[settings["method"]].append(load_finished(path, settings, finished))
     return results
 
 
@@ -299,10 +295,8 @@ def seconds_a_step(methods, results, folder, plot_only):
     """
     path, settings = folder / "seconds.npz", {"steps": CLAIMED_STEP, "repeats": REPEATS}
     settings |= {"device": "cpu", "networks": {name: methods[name].networks for name in methods}}
-    found = load(path, settings)
+    found = load_finished(path, settings, bool) if plot_only else load(path, settings)
     if found is None:
-        if plot_only:
-            raise unfinished(path)
         problem = draw_problem(TEST_SETS["published 5"][0])
         found = {}
         for name in results:

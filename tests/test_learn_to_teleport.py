@@ -236,7 +236,8 @@ def test_an_interrupted_task_ends_with_the_same_numbers(tmp_path, monkeypatch, m
     for name, updates in (("whole", 99), ("cut", 3), ("cut", 99)):
         with contextlib.suppress(KeyboardInterrupt):
             script.train(*task, tmp_path / name, {}, interrupt_after(updates))
-    whole, resumed = (script.finished(tmp_path / name, {}) for name in ("whole", "cut"))
+    whole, resumed = (script.load(tmp_path / name, {}) for name in ("whole", "cut"))
+    assert script.finished(whole) and script.finished(resumed)
     assert whole.keys() == resumed.keys() and whole["loss"].shape == (101, 2)
     for key in whole.keys() - {"seconds"}:
         np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
