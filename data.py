@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from init_directory import ROOT, UserError, run, whole_file
+from experiment.files import ROOT, UserError, whole_file
+from experiment.launch import run
 
 DATA = ROOT / "data"
 SAMPLE = ROOT / "sample"

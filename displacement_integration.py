@@ -1,6 +1,6 @@
 """Figure 7: the displacement of a minimum that a shift of length r is expected to cause.
 
-    python displacement_integration.py      # figures/curvature_displacement_*, displacement_summary
+    python displacement_integration.py      # writes figures/displacement/, in two seconds
 
 A minimum w0 lies on a curve γ of minima. After a shift it is any point of the circle of radius r
 around w0, and its expected displacement is the mean, over that circle, of the distance to γ. The
@@ -12,16 +12,14 @@ are 0.1 apart in x: `--polyline 0.1` draws that.
 """
 
 import argparse
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from init_directory import ROOT, run, save_figure, save_text
+from experiment import launch, plots
 
-# Figure 7's settings. Lengths are in the unit of the plane.
+# Settings: lengths are in the unit of the plane
 PARABOLA_RADII = (2, 1, 0.5, 0.2, 0.1)
 PARABOLA_K = 40 * np.linspace(0, 1, 201) ** 2  # densest at 0, where the curves turn
 CIRCLE_RADII = (0.1, 0.05, 0.02, 0.01, 0.005)
@@ -122,6 +120,56 @@ def polyline_displacement(k, r, spacing):
     return polyline_distance(r * np.cos(angle), r * np.sin(angle), k, spacing).mean(-1) / r
 
 
+# Statistics
+
+
+def collect(_, args):
+    """Return Figure 7's curves, mean distance / r: [radii, k], and their settings."""
+    spacing = args.polyline or SPACING
+    curves = {
+        "parabola_exact": [parabola_displacement(PARABOLA_K, r) for r in PARABOLA_RADII],
+        "parabola_polyline": [
+            polyline_displacement(PARABOLA_K, r, spacing) for r in PARABOLA_RADII
+        ],
+        "circle_exact": [circle_displacement(CIRCLE_K, r) for r in CIRCLE_RADII],
+    }
+    settings = {"parabola_drawn": "polyline" if args.polyline else "exact", "spacing": spacing}
+    return settings, curves | {"parabola_k": PARABOLA_K, "circle_k": CIRCLE_K}, None
+
+
+def summarise(_, results):
+    """Return what the parabola's curve says, and how far the polyline's are from it."""
+    kr = np.linspace(0, 4, 4001)
+    mean = parabola_displacement(kr, 1)
+    low = mean.argmin()
+    # from here on, a curved minimum is displaced more than a straight one
+    back = np.interp(2 / np.pi, mean[low:], kr[low:])
+    error = np.abs(results["parabola_polyline"] - results["parabola_exact"]).max(1)
+    return {
+        "parabola_lowest": {"kr": kr[low].round(3), "mean": mean[low].round(6)},
+        "parabola_back_at_straight_line": {"kr": back.round(3), "mean": round(2 / np.pi, 6)},
+        "circle_lowest": results["circle_exact"].min().round(6),
+        "polyline_largest_error": dict(zip(PARABOLA_RADII, error.round(6))),
+    }
+
+
+def table(summaries):
+    """Return the summary as Markdown."""
+    (found,) = summaries.values()
+    at = "{mean:.3f} at k r = {kr:.2f}"
+    values = {
+        "parabola: lowest": at.format(**found["parabola_lowest"]),
+        "parabola: back at a straight line's": at.format(**found["parabola_back_at_straight_line"]),
+        "circle: lowest": f"{found['circle_lowest']:.3f}",
+    }
+    for r, error in found["polyline_largest_error"].items():
+        values[f"largest error of the polyline, r = {r:g}"] = f"{error:.3f}"
+    return plots.markdown(["Figure 7: mean distance / r", "value"], list(values.items()))
+
+
+# Figures
+
+
 def axes(xlabel, title):
     """Return new axes for mean distance / r, in a figure of their own."""
     labels = {"xlabel": xlabel, "ylabel": "mean distance / $r$", "title": title}
@@ -130,10 +178,10 @@ def axes(xlabel, title):
     return ax
 
 
-def draw_panel(curvature, curves, title):
-    """Return the figure of a published panel: {r: mean distance / r} against curvature."""
+def draw_panel(curvature, radii, curves, title):
+    """Return the figure of a published panel: mean distance / r [radii, k] against curvature."""
     ax = axes(r"curvature $\kappa$ at $w_0$", title)
-    for r, mean in curves.items():
+    for r, mean in zip(radii, curves):
         ax.plot(curvature, mean, color=COLOUR[r], label=f"$r = {r}$")
     return ax.figure
 
@@ -141,10 +189,10 @@ def draw_panel(curvature, curves, title):
 def draw_collapse(exact, polyline, spacing):
     """Return the figure of the parabola's curves against k r, exact and from the polyline."""
     ax = axes(r"$k\,r$", "Parabola $y = k x^2$: one curve for every radius")
-    for i, (r, marker) in enumerate(zip(exact, "os^Dv", strict=True)):
+    for i, (r, marker) in enumerate(zip(PARABOLA_RADII, "os^Dv", strict=True)):
         style = {"marker": marker, "markevery": (0.02 * i, 0.1), "ms": 5, "label": f"$r = {r}$"}
-        ax.plot(PARABOLA_K * r, exact[r], color=COLOUR[r], **style)
-        ax.plot(PARABOLA_K * r, polyline[r], color=COLOUR[r], lw=1, ls="--")
+        ax.plot(PARABOLA_K * r, exact[i], color=COLOUR[r], **style)
+        ax.plot(PARABOLA_K * r, polyline[i], color=COLOUR[r], lw=1, ls="--")
     ax.plot([], [], color="grey", lw=1, ls="--", label=f"polyline, {spacing:g} apart")
     ax.axhline(2 / np.pi, color="black", lw=0.8, ls=":", label=r"straight line, $2/\pi$")
     ax.set(xscale="log", xlim=(0.05, 80))
@@ -152,51 +200,26 @@ def draw_collapse(exact, polyline, spacing):
     return ax.figure
 
 
-def summarise(exact, polyline, circle, spacing):
-    """Return the curves, mean distance / r for each r, and what they say, as a dict for JSON."""
-    kr = np.linspace(0, 4, 4001)
-    mean = parabola_displacement(kr, 1)
-    low = mean.argmin()
-    # from here on, a curved minimum is displaced more than a straight one
-    back = np.interp(2 / np.pi, mean[low:], kr[low:])
-    error = {r: np.abs(polyline[r] - exact[r]).max().round(6) for r in exact}
-    return {
-        "parabola_k": PARABOLA_K.round(8).tolist(),
-        "parabola_exact": {r: mean.round(8).tolist() for r, mean in exact.items()},
-        "parabola_lowest": {"kr": kr[low].round(3), "mean": mean[low].round(6)},
-        "parabola_back_at_straight_line": {"kr": back.round(3), "mean": round(2 / np.pi, 6)},
-        "polyline_spacing": spacing,
-        "parabola_polyline": {r: mean.round(6).tolist() for r, mean in polyline.items()},
-        "polyline_largest_error": error,
-        "circle_k": CIRCLE_K.round(8).tolist(),
-        "circle_exact": {r: mean.round(8).tolist() for r, mean in circle.items()},
-    }
-
-
-def displacement_integration(spacing=None, output=ROOT):
-    """Make Figure 7 and its numbers in `output`/figures.
-
-    With a spacing, the parabola's panel is the polyline's, in a folder of that name.
-    """
-    vertices = spacing or SPACING
-    exact = {r: parabola_displacement(PARABOLA_K, r) for r in PARABOLA_RADII}
-    polyline = {r: polyline_displacement(PARABOLA_K, r, vertices) for r in PARABOLA_RADII}
-    circle = {r: circle_displacement(CIRCLE_K, r) for r in CIRCLE_RADII}
-
-    title = "Parabola $y = k x^2$" + (f": polyline, {spacing:g} apart" if spacing else "")
+def draw(_, results, summary, folder):
+    """Draw Figure 7's two panels, and the parabola's curves as one."""
+    drawn, spacing = summary["settings"]["parabola_drawn"], summary["settings"]["spacing"]
+    exact, polyline, circle = (
+        results[key] for key in ("parabola_exact", "parabola_polyline", "circle_exact")
+    )
+    title, parabola = "Parabola $y = k x^2$", exact
+    if drawn == "polyline":
+        title, parabola = f"{title}: polyline, {spacing:g} apart", polyline
     figures = {
-        "integral_kx_sqr": draw_panel(2 * PARABOLA_K, polyline if spacing else exact, title),
-        "integral_circle": draw_panel(1 / CIRCLE_K, circle, "Circle of radius $k$"),
-        "collapse": draw_collapse(exact, polyline, vertices),
+        "integral_kx_sqr": draw_panel(2 * PARABOLA_K, PARABOLA_RADII, parabola, title),
+        "integral_circle": draw_panel(1 / CIRCLE_K, CIRCLE_RADII, circle, "Circle of radius $k$"),
+        "collapse": draw_collapse(exact, polyline, spacing),
     }
-    folder = Path(output) / "figures" / (f"polyline-{spacing:g}" if spacing else "")
     for name, figure in figures.items():
-        figure.axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        save_figure(figure, folder / f"curvature_displacement_{name}")
-    summary = summarise(exact, polyline, circle, vertices)
-    summary["parabola_drawn"] = "polyline" if spacing else "exact"
-    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items())
-    save_text(folder / "displacement_summary.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        plots.legend_beside(figure.axes[0])
+        plots.save_figure(figure, folder / f"curvature_displacement_{name}")
+
+
+# Options
 
 
 def vertex_spacing(text):
@@ -212,26 +235,20 @@ def vertex_spacing(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = launch.experiment_parser(__doc__, on_datasets=False)
     parser.add_argument(
         "--polyline",
         metavar="SPACING",
         type=vertex_spacing,
         help="draw the parabola's panel as published, from distances to a polyline; SPACING is "
-        "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1; "
-        "goes to figures/polyline-SPACING/ (default: off, exact distances)",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        default=ROOT,
-        help="folder that gets figures/, where files of the same names are replaced "
-        "(default: the repository)",
+        "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1",
     )
     args = parser.parse_args()
-    displacement_integration(args.polyline, args.output)
+    name = f"displacement-polyline-{args.polyline:g}" if args.polyline else "displacement"
+    parts = ["displacement"], ["displacement"]
+    folder = args.output / "figures" / name
+    launch.compute_and_report(args, folder, *parts, None, collect, summarise, table, draw)
 
 
 if __name__ == "__main__":
-    run(main)
+    launch.run(main)

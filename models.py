@@ -6,8 +6,10 @@ function treats each index of them alone, so that a hundred networks train as on
 stack see the same mini-batches in the same order.
 """
 
-from itertools import pairwise
+from itertools import pairwise, starmap
+from math import ceil
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +19,28 @@ from torch.nn import functional as F
 # times slower. This must come before the first parallel loop: threads inherit it when they start.
 torch.set_flush_denormal(True)
 
+BATCH = 20  # images in a mini-batch
 BLOCK = 10  # mini-batches whose products with the first layer are one matrix product
+SEED = 54321
+
+
+class Training(NamedTuple):
+    """The networks that the paper trains on a dataset, and SGD's learning rate."""
+
+    widths: tuple  # d_0 … d_L
+    lr: float
+
+
+TRAINING = {
+    "MNIST": Training((784, 16, 10, 10), 1e-2),
+    "FashionMNIST": Training((784, 16, 10, 10), 1e-2),
+    "CIFAR10": Training((3072, 128, 32, 10), 2e-2),
+}
+
+
+def run_seeds(runs):
+    """Return the published seeds of the runs with these indices."""
+    return [(i + 1) * SEED for i in runs]
 
 
 class LeakyReLU(nn.LeakyReLU):
@@ -43,12 +66,44 @@ def init_weights(widths, seeds):
     """
     if not isinstance(seeds, Integral):
         return [torch.stack(layer) for layer in zip(*(init_weights(widths, s) for s in seeds))]
-    generator = torch.Generator().manual_seed(int(seeds))
+    rng = torch.Generator().manual_seed(int(seeds))
     weights = []
     for fan_in, fan_out in pairwise(widths):
         k = 1 / fan_in**0.5
-        weights.append(2 * k * torch.rand(fan_out, fan_in, generator=generator) - k)
+        weights.append(2 * k * torch.rand(fan_out, fan_in, generator=rng) - k)
     return weights
+
+
+def to_arrays(weights):
+    """Return weights as {"W0": array, "W1": …}, to be saved."""
+    return {f"W{m}": w.detach().cpu() for m, w in enumerate(weights)}
+
+
+def from_arrays(arrays, device="cpu"):
+    """Return the weights that `to_arrays` was given, on `device`."""
+    layers = sum(key[0] == "W" and key[1:].isdecimal() for key in arrays)
+    return [torch.tensor(arrays[f"W{m}"], device=device) for m in range(layers)]
+
+
+def optimizer_to_arrays(optimizer):
+    """Return an optimizer's state as {name: tensor}, to be saved."""
+    return {
+        f"state {i} {key}": value
+        for i, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if torch.is_tensor(value)
+    }
+
+
+def optimizer_from_arrays(optimizer, arrays):
+    """Give an optimizer the state that `optimizer_to_arrays` returned."""
+    state = {}
+    for name, value in arrays.items():
+        if name.startswith("state "):
+            _, i, key = name.split()
+            state.setdefault(int(i), {})[key] = torch.tensor(value)
+    if state:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def propagate(weights, z, activation):
@@ -124,18 +179,24 @@ def check_finite(losses):
         raise FloatingPointError(f"the loss of run {run} of the stack is not finite at step {step}")
 
 
-def split_epoch(images, moves, batch_size):
-    """Return the parts of an epoch before whose first `moves` mini-batches something is done.
+def epoch_with_moves(images, moves, move, train, batch_size=BATCH):
+    """Train for one epoch of so many images, with a move before each of the first mini-batches.
 
-    They are pairs, the slice of the images and how many mini-batches it has: `moves` times one
-    mini-batch, and the rest.
+    move(k) is called before the k-th of `moves` mini-batches, and train(rows) returns the mean
+    training loss [...] over a slice of the images: one mini-batch, or the rest of the epoch.
+    Returns the mean loss over the epoch, and a list of what the moves returned.
     """
     ends = [*(batch_size * k for k in range(moves + 1)), images]
-    return [(slice(a, b), -(-(b - a) // batch_size)) for a, b in pairwise(ends)]
+    total, moved = 0, []
+    for k, rows in enumerate(starmap(slice, pairwise(ends))):
+        if k < moves:
+            moved.append(move(k))
+        total = total + ceil((rows.stop - rows.start) / batch_size) * train(rows)
+    return total / ceil(images / batch_size), moved
 
 
 @torch.no_grad()
-def train_epoch(model, x, y, optimizer, batch_size=20):
+def train_epoch(model, x, y, optimizer, batch_size=BATCH):
     """Train an MLP for one pass over x: [N, d_0], y: [N], in the order in which they lie.
 
     `optimizer` is any elementwise one of torch.optim over the model's parameters, so that each run
@@ -163,7 +224,7 @@ def train_epoch(model, x, y, optimizer, batch_size=20):
 
 
 @torch.no_grad()
-def train_epoch_sgd(weights, x, y, lr, activation, batch_size=20, check=check_finite):
+def train_epoch_sgd(weights, x, y, lr, activation, batch_size=BATCH, check=check_finite):
     """Train by plain SGD, in place, as `train_epoch` does with torch.optim.SGD(lr=lr).
 
     The first layer has nearly all of the weights. Its changes over a block of steps are kept as

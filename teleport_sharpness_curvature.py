@@ -15,11 +15,11 @@ first mini-batches, and go on with SGD. The arms, all runs of which train as one
     refit                                       the pseudoinverse action with g = I alone
 
 Runs differ in their initial weights, and share the teleports' batches and draws. A network that
-runs away has diverged: it is left out, and counted. Results go to
-logs/generalization/; an interrupted run goes on from there and ends with the same numbers.
+runs away has diverged: it is left out, and counted. Training goes to logs/generalization/; an
+interrupted run goes on from there and ends with the same numbers. The curves of each arm and run
+are in figures/generalization/<dataset>.npz.
 """
 
-import json
 import math
 import time
 from typing import NamedTuple
@@ -28,29 +28,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+import models
 from data import TITLES, load_data, shuffled_batch
-from init_directory import (
-    UserError,
-    at_least,
-    compute_and_report,
-    experiment_parser,
-    figures_folder,
-    interval_text,
-    load,
-    load_finished,
-    losses_after,
-    markdown,
-    mine,
-    plot_band,
-    plot_difference,
-    progress,
-    provenance,
-    run,
-    save,
-    save_figure,
-    save_text,
-)
-from models import LeakyReLU, cross_entropy, evaluate, init_weights, split_epoch, train_epoch_sgd
+from experiment import files, launch, plots, statistics
 from teleportation import (
     RADII,
     act,
@@ -62,6 +42,8 @@ from teleportation import (
     teleport_curvature,
     teleport_sharpness,
 )
+
+# Settings
 
 
 class Teleports(NamedTuple):
@@ -76,8 +58,7 @@ class Teleports(NamedTuple):
 class Experiment(NamedTuple):
     """A dataset's networks and teleports."""
 
-    widths: tuple
-    lr: float  # SGD's learning rate
+    training: models.Training
     teleports: dict
     longest: float  # |tM|_F of a step in curvature, at the most
     directions: int = 100  # for each radius, of the perturbations that teleports are made with
@@ -94,29 +75,38 @@ def teleports(sharpness_down, sharpness_up, curvature_down, curvature_up, ups=5)
     }
 
 
-# longest: CIFAR-10 has no such step; elsewhere dκ/dt is 10 and more, and exp(tM) leaves float32
+def scaled(experiment, scale):
+    """Return an Experiment with rates, lengths and the number of directions times `scale`."""
+    slower = {arm: t._replace(lr=scale * t.lr) for arm, t in experiment.teleports.items()}
+    longest, directions = scale * experiment.longest, round(scale * experiment.directions)
+    return Experiment(experiment.training, slower, longest, directions)
+
+
 EXPERIMENTS = {
     "CIFAR10": Experiment(
-        (3072, 32, 10, 10), 2e-2, teleports(5e-2, 5e-2, 5e-2, 2e-1, ups=10), longest=5.0
+        models.Training((3072, 32, 10, 10), 2e-2),
+        teleports(5e-2, 5e-2, 5e-2, 2e-1, ups=10),
+        longest=5.0,  # no step is as long
     ),
-    "MNIST": Experiment((784, 16, 10, 10), 1e-2, teleports(5e-2, 5e-2, 5e-2, 2e-1), longest=1.0),
+    # elsewhere dκ/dt is 10 and more, and exp(tM) would leave float32
+    "MNIST": Experiment(models.TRAINING["MNIST"], teleports(5e-2, 5e-2, 5e-2, 2e-1), longest=1.0),
     "FashionMNIST": Experiment(
-        (784, 16, 10, 10), 1e-2, teleports(3e-1, 1e-1, 3e-3, 5e-3), longest=1.0
+        models.TRAINING["FashionMNIST"], teleports(3e-1, 1e-1, 3e-3, 5e-3), longest=1.0
     ),
 }
-RUNS = 5
+DEFAULTS = {"runs": 5}
+ACTIVATION = models.LeakyReLU()
 # on the sample, whose networks are far from a minimum: a tenth of rates, lengths and directions
 SAMPLE_SCALE = 0.1
 EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
 MOVES = 10  # mini-batches before which some arm is teleported
-BATCH, TELEPORT_BATCH = 20, 2000
+TELEPORT_BATCH = 2000
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
 LONGEST_T = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
 LARGEST = 1e6  # weight of a network that has not diverged
 MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
 PAIR = 1  # the pair of layers that curvature teleports act on: the second
-SEED = 54321  # run i has the seed (i + 1) * SEED
 ESTIMATION_BATCHES, ESTIMATION_BATCH = 20, 200  # of φ and ψ along training
 
 CLAIMS = {  # of the paper: how the test loss changes
@@ -126,34 +116,37 @@ CLAIMS = {  # of the paper: how the test loss changes
     "curvature increase": "falls",
 }
 LITTLE = 0.01  # of plain's final test loss
+CLAIMED = {arm: f": the loss {claim}" for arm, claim in CLAIMS.items()}
 CONTROLS = {"sharpness decrease": "random", "curvature increase": "random in one pair"}
 ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
-COLOURS = dict(zip(ARMS, ("black", "C0", "C3", "C4", "C1", "C7", "C8", "C5")))
+COLOURS = [plots.BLACK, plots.BLUE, plots.RED, plots.PURPLE, plots.GREEN, plots.GREY, plots.SKY]
+COLOURS = dict(zip(ARMS, (*COLOURS, plots.ORANGE)))
 CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
 QUANTITIES = ("loss", "φ", "κ")
 EPOCHS_SHOWN = (21, 25, 40)
 
 
-def measured(weights, x, y, generator, k):
-    """Return loss, φ and κ of each network, [3, ...], on a batch, for the log of the k-th move.
+# Computation
+
+
+def loss_sharpness_curvature(weights, x, y, M, k):
+    """Return loss, φ and κ along exp(tM) of each network, [3, ...], on a batch, for the k-th move.
 
     Before a move and after it they are measured with the same draws.
     """
-    activation = LeakyReLU()
     widths = [len(x), *(w.shape[-2] for w in weights)]
-    draws = torch.Generator().manual_seed(SEED + k)
-    directions = random_directions(widths, np.repeat(TELEPORT_RADII, MEASURED_DIRECTIONS), draws)
-    phi = sharpness(weights, x, y, [d.to(x) for d in directions], activation)
-    kappa, _ = curvature_along(weights, x, generator, PAIR, activation)
-    return torch.stack([cross_entropy(weights, x, y, activation), phi, kappa])
+    rng = torch.Generator().manual_seed(models.SEED + k)
+    directions = random_directions(widths, np.repeat(TELEPORT_RADII, MEASURED_DIRECTIONS), rng)
+    phi = sharpness(weights, x, y, [d.to(x) for d in directions], ACTIVATION)
+    kappa, _ = curvature_along(weights, x, M, PAIR, ACTIVATION)
+    return torch.stack([models.cross_entropy(weights, x, y, ACTIVATION), phi, kappa])
 
 
-def teleport_pair(weights, x, y, experiment, quantity, k, generator):
+def teleport_pair(weights, x, y, experiment, quantity, k, M):
     """Move both arms of a quantity, as one stack where both move at the k-th mini-batch.
 
     Returns {arm: (weights, group elements of the pairs acted on)} for those that move.
     """
-    activation = LeakyReLU()
     arms = [a for a in CLAIMS if a.startswith(quantity) and k < experiment.teleports[a].number]
     if not arms:
         return {}
@@ -163,13 +156,13 @@ def teleport_pair(weights, x, y, experiment, quantity, k, generator):
     if quantity == "sharpness":
         stop = torch.tensor([s.stop for s in settings])[:, None].to(x) / PUBLISHED_SCALE
         lr = lr * PUBLISHED_SCALE
-        draws = settings[0].steps, TELEPORT_RADII, experiment.directions, k
+        draw = settings[0].steps, TELEPORT_RADII, experiment.directions, k
         new, path = teleport_sharpness(
-            stack, x, y, lr, *draws, activation, stop, LONGEST_T, return_path=True
+            stack, x, y, lr, *draw, ACTIVATION, stop, LONGEST_T, return_path=True
         )
         elements = path["group_elements"]
     else:
-        new, g = teleport_curvature(stack, x, lr, [generator], activation, PAIR, experiment.longest)
+        new, g = teleport_curvature(stack, x, lr, [M], ACTIVATION, PAIR, experiment.longest)
         elements = [g]
     return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
 
@@ -194,165 +187,131 @@ def move(weights, data, experiment, k, diverged):
     """Give each arm its k-th move, in place; weights: [arms, runs, d_{m+1}, d_m].
 
     Returns loss, φ and κ before and after it on the teleport's batch and on a fresh one,
-    [arms, 2 batches, 2, 3, runs], and the seconds of the moves in sharpness and in curvature.
-    diverged: as `set_aside` takes it.
+    [arms, 2 batches, 2, 3, runs]. diverged: as `set_aside` takes it.
     """
-    activation, d = LeakyReLU(), experiment.widths[PAIR + 1]
+    d = experiment.training.widths[PAIR + 1]
     x, y = shuffled_batch(data, TELEPORT_BATCH, k)
     batches = [(x, y), shuffled_batch(data, TELEPORT_BATCH, MOVES + k)]
-    draws = torch.Generator().manual_seed(SEED + k)
-    generator = torch.rand(d, d, generator=draws).to(x)
-    before = [measured(weights, *batch, generator, k) for batch in batches]
+    rng = torch.Generator().manual_seed(models.SEED + k)
+    M = torch.rand(d, d, generator=rng).to(x)
+    before = [loss_sharpness_curvature(weights, *batch, M, k) for batch in batches]
 
-    moved, seconds = {}, []
+    moved = {}
     for quantity in ("sharpness", "curvature"):
-        start = time.perf_counter()
-        moved |= teleport_pair(weights, x, y, experiment, quantity, k, generator)
-        seconds.append(time.perf_counter() - start)
+        moved |= teleport_pair(weights, x, y, experiment, quantity, k, M)
     runs = weights[0].shape[1]
     identities = [torch.eye(w.shape[-2]).to(x).repeat(runs, 1, 1) for w in weights[:-1]]
     elements = {"refit": identities}
     if "sharpness decrease" in moved:
-        elements["random"] = random_group_elements(moved["sharpness decrease"][1], draws)
+        elements["random"] = random_group_elements(moved["sharpness decrease"][1], rng)
     if "curvature increase" in moved:
-        (drawn,) = random_group_elements(moved["curvature increase"][1], draws)
+        (drawn,) = random_group_elements(moved["curvature increase"][1], rng)
         elements["random in one pair"] = [*identities[:PAIR], drawn, *identities[PAIR + 1 :]]
     for arm, g in elements.items():
-        moved[arm] = act([w[ARMS.index(arm)] for w in weights], x, g, activation), g
+        moved[arm] = act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION), g
 
     for arm, (new, _) in moved.items():
         for w, own in zip(weights, new):
             w[ARMS.index(arm)] = own
     set_aside(weights, diverged)
-    after = [measured(weights, *batch, generator, k) for batch in batches]
+    after = [loss_sharpness_curvature(weights, *batch, M, k) for batch in batches]
     both = torch.stack([torch.stack(pair) for pair in zip(before, after)])  # [2, 2, 3, arms, runs]
-    return both.permute(3, 0, 1, 2, 4), torch.tensor(seconds)
-
-
-def train_epoch(weights, data, lr, diverged, rows=slice(None)):
-    """Train by SGD on rows of the images, in place; return the mean training loss [arms, runs]."""
-    x, y = data.x_train[rows], data.y_train[rows]
-    loss = train_epoch_sgd(weights, x, y, lr, LeakyReLU(), BATCH, check=lambda losses: None)
-    set_aside(weights, diverged)
-    return loss
-
-
-def train_epoch_with_moves(weights, data, experiment, diverged, bar):
-    """Train as `train_epoch` does, with a move before each of the first mini-batches.
-
-    Returns the mean training loss [arms, runs], and what `move` returns with MOVES in front.
-    """
-    loss, count, measurements = 0, 0, []
-    for k, (rows, batches) in enumerate(split_epoch(len(data.x_train), MOVES, BATCH)):
-        if k < MOVES:
-            bar.set_postfix_str(f"teleport {k + 1} of {MOVES}")
-            measurements.append(move(weights, data, experiment, k, diverged))
-        part = train_epoch(weights, data, experiment.lr, diverged, rows)
-        loss, count = loss + batches * part, count + batches
-    bar.set_postfix_str("")
-    moves, seconds = (torch.stack(column) for column in zip(*measurements))
-    return loss / count, moves, seconds
+    return both.permute(3, 0, 1, 2, 4)
 
 
 def estimate_along(weights, data):
     """Return φ and ψ [arms, runs], Table 1's estimates as means over ESTIMATION_BATCHES batches."""
-    stacks, rows = [[w.flatten(0, 1) for w in weights]], []
-    for k in range(ESTIMATION_BATCHES):
-        batch = shuffled_batch(data, ESTIMATION_BATCH, k)
-        rows.append(estimate(stacks, *batch, RADII[data.name], k, LeakyReLU()))
-    return [torch.stack(column).mean(0).view(weights[0].shape[:2]) for column in zip(*rows)]
+    batches = [shuffled_batch(data, ESTIMATION_BATCH, k) for k in range(ESTIMATION_BATCHES)]
+    radii = RADII[data.name]
+    rows = [estimate(weights, *batch, radii, k, ACTIVATION) for k, batch in enumerate(batches)]
+    return [torch.stack(column).mean(0) for column in zip(*rows)]
 
 
 def train(data, experiment, runs, path, settings):
     """Train all arms; resume from `path`.
 
-    Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch, `moves`
-    [MOVES, arms, 2 batches, 2, 3, runs] and move_seconds [MOVES, 2] as `move` returns them,
-    seconds [EPOCHS] of training, moves and their measurements, the weights, and which networks
-    diverged [arms, runs]: their curves are nan from then on, and their moves if that was in the
-    epoch of the moves. Up to the teleports all arms are one. Raises UserError where plain SGD
-    diverges or a teleport meets a matrix that it can't invert.
+    Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch; `moves`
+    [MOVES, arms, 2 batches, 2, 3, runs] as `move` returns them; seconds [EPOCHS] of training and
+    moves; the weights; and which networks `diverged` [arms, runs]: their curves are nan from then
+    on, and their moves if that was in the epoch of the moves. Up to the teleports all arms are one.
+    Raises UserError where plain SGD diverges or a teleport meets a matrix that it can't invert.
     """
-    device = data.x_train.device
-    state = load(path, settings)
-    if state is None:
-        weights = init_weights(experiment.widths, [(i + 1) * SEED for i in range(runs)])
-        weights = [w[None] for w in weights]
-        none = np.empty((0, len(ARMS), runs), np.float32)
-        state = {"seconds": np.empty(0), **dict.fromkeys(CURVES, none)}
-        state["diverged"] = np.zeros((1, runs), bool)
-    else:
-        weights = [torch.tensor(state[f"W{m}"]) for m in range(len(experiment.widths) - 1)]
-    weights = [w.to(device) for w in weights]
-    diverged = torch.tensor(state["diverged"], device=device)
-    first = len(state["seconds"])
-    bar = progress(
-        iterable=range(first, EPOCHS), initial=first, total=EPOCHS, unit="epoch", desc=data.name
-    )
-    for epoch in bar:
-        start = time.perf_counter()
+    (widths, lr), device = experiment.training, data.x_train.device
+
+    def start():
+        weights = [w[None] for w in models.init_weights(widths, models.run_seeds(range(runs)))]
+        return models.to_arrays(weights) | {"diverged": np.zeros((1, runs), bool)}
+
+    def step(state):
+        epoch, begin = int(state["steps"]), time.perf_counter()
+        weights = models.from_arrays(state, device)
+        diverged = torch.tensor(state["diverged"], device=device)
+        moves = MOVES if epoch == TELEPORT_EPOCH else 0
+        if moves:
+            weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
+            diverged = diverged.repeat(len(ARMS), 1)
+
+        def move_all(k):
+            bar.set_postfix_str(f"teleport {k + 1} of {MOVES}" * (k + 1 < MOVES))
+            return move(weights, data, experiment, k, diverged)
+
+        def train_rows(rows):
+            x, y = data.x_train[rows], data.y_train[rows]
+            loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=lambda losses: None)
+            set_aside(weights, diverged)
+            return loss
+
         try:
-            if epoch == TELEPORT_EPOCH:
-                weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
-                diverged = diverged.repeat(len(ARMS), 1)
-                loss, moves, seconds = train_epoch_with_moves(
-                    weights, data, experiment, diverged, bar
-                )
-                moves.masked_fill_(diverged[:, None, None, None], math.nan)
-                state |= {"moves": moves.cpu(), "move_seconds": seconds}
-            else:
-                loss = train_epoch(weights, data, experiment.lr, diverged)
+            loss, moved = models.epoch_with_moves(len(data.x_train), moves, move_all, train_rows)
         except ValueError as error:
-            raise UserError(f"{data.name}, epoch {epoch}: {error}.") from None
-        state["seconds"] = np.append(state["seconds"], time.perf_counter() - start)
-        test = evaluate(weights, data.x_test, data.y_test, LeakyReLU())
-        values = (loss, *test, *estimate_along(weights, data))
-        for curve, value in zip(CURVES, values):
-            value = value.masked_fill(diverged, math.nan).expand(len(ARMS), runs).cpu()
-            state[curve] = np.concatenate([state[curve], value[None]])
-        state |= {f"W{m}": w.cpu() for m, w in enumerate(weights)} | {"diverged": diverged.cpu()}
-        save(path, settings, **state)
-    return state
+            raise files.UserError(f"{data.name}, epoch {epoch}: {error}.") from None
+        if moves:
+            kept = ~diverged[:, None, None, None]
+            state["moves"] = torch.where(kept, torch.stack(moved), math.nan)
+        seconds = time.perf_counter() - begin
+        test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
+        values = loss, *test, *estimate_along(weights, data)
+        values = (v.masked_fill(diverged, math.nan).expand(len(ARMS), runs) for v in values)
+        state = files.appended(state, seconds=seconds, **dict(zip(CURVES, values)))
+        return state | models.to_arrays(weights) | {"diverged": diverged}
+
+    with launch.progress_bar(EPOCHS, "epoch", TITLES[data.name]) as bar:
+        return files.resume(path, settings, start, step, EPOCHS, bar)
 
 
-def place(name, args):
-    """Return a dataset's Experiment, the path of its results in logs/ and their settings."""
+def log(name, args):
+    """Return a dataset's Experiment, the path of its training in logs/ and the settings."""
     experiment = EXPERIMENTS[name]
     if args.sample:
-        slower = {
-            arm: t._replace(lr=SAMPLE_SCALE * t.lr) for arm, t in experiment.teleports.items()
-        }
-        experiment = experiment._replace(
-            teleports=slower,
-            longest=SAMPLE_SCALE * experiment.longest,
-            directions=round(SAMPLE_SCALE * experiment.directions),
-        )
-    path = args.output / "logs" / "generalization"
-    path /= f"{name}{'-sample' * args.sample}-{args.runs}runs.npz"
-    settings = {
-        "dataset": name,
-        "sample": args.sample,
-        "widths": experiment.widths,
-        "lr": experiment.lr,
-        "teleports": experiment.teleports,
-        "seed": SEED,
-        "batches": [BATCH, TELEPORT_BATCH],
-        "longest": experiment.longest,
-        "course": [EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, LONGEST_T, LARGEST],
-        "estimates": [list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH],
-        "measured_directions": MEASURED_DIRECTIONS,
-        "radii": list(TELEPORT_RADII),
-        "directions": experiment.directions,
-        "runs": args.runs,
-        "device": args.device.type,
-    }
-    return experiment, path, settings
+        experiment = scaled(experiment, SAMPLE_SCALE)
+    settings = dict(dataset=name, sample=args.sample, runs=args.runs, device=args.device.type)
+    settings |= dict(
+        experiment=experiment, seed=models.SEED, batches=[models.BATCH, TELEPORT_BATCH]
+    )
+    course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, LONGEST_T, LARGEST
+    estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
+    measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS
+    settings |= dict(course=course, estimates=estimates, measured=measured)
+    folder = args.output / "logs" / "generalization"
+    return experiment, folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz", settings
 
 
-def measure(name, args):
-    """Return the arrays of `train` for a dataset from logs/. Raises UserError if they miss some."""
-    _, path, settings = place(name, args)
-    return load_finished(path, settings, lambda state: len(state["seconds"]) == EPOCHS)
+def compute(args):
+    """Do this rank's share of what logs/ lacks; the unit is a dataset."""
+    for name in launch.share_of_rank(args.dataset):
+        experiment, path, settings = log(name, args)
+        train(load_data(name, args), experiment, args.runs, path, settings)
+
+
+def collect(name, args):
+    """Return what `train` returns, but for the weights, its settings and the log it is from."""
+    _, path, settings = log(name, args)
+    state = files.load_steps(path, settings, EPOCHS)
+    keys = (*CURVES, "moves", "seconds", "diverged")
+    return settings, {"arms": ARMS} | {key: state[key] for key in keys}, path
+
+
+# Statistics
 
 
 def verdict(claim, difference, little):
@@ -361,7 +320,7 @@ def verdict(claim, difference, little):
     little: so large a difference still is; within it a whole interval has to be to say so.
     """
     low, high = difference["low"], difference["high"]
-    if low is None:
+    if np.isnan(low):
         return "too few"
     if claim == "changes little":
         if max(-low, high) < little:
@@ -371,36 +330,34 @@ def verdict(claim, difference, little):
     return "holds" if seen == claim else "opposite" if seen else "not seen"
 
 
-def summarise(result):
+def summarise(_, results):
     """Return what summary.json says of a dataset, for each arm: its test loss, moves, verdicts."""
-    loss = {arm: result["test_loss"][:, i] for i, arm in enumerate(ARMS)}
+    loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
+    little = LITTLE * loss["plain"][-1].mean()
     summary = {}
     for i, arm in enumerate(ARMS):
-        change = result["moves"][:, i, :, 1] - result["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
+        change = results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
         own, fresh = np.nanmean(change, -1).sum(0)  # [3] each
-        first = np.nanmean(result["moves"][0, i, 0, 0], -1)
-        others = {"plain": loss["plain"]}
+        first = np.nanmean(results["moves"][0, i, 0, 0], -1)
+        references = {"plain": loss["plain"]}
         if arm in CONTROLS:
-            others["control"] = loss[CONTROLS[arm]]
-        after = losses_after(EPOCHS_SHOWN, loss[arm], others)
+            references["control"] = loss[CONTROLS[arm]]
+        after = statistics.losses_after(EPOCHS_SHOWN, loss[arm], references)
         summary[arm] = {
-            "diverged": int(result["diverged"][i].sum()),
+            "diverged": results["diverged"][i].sum(),
             "after_epoch": after,
             "moves": {
                 quantity: {
-                    "before_the_first": float(first[q]),
-                    "total_change_on_their_batches": float(own[q]),
-                    "total_change_on_fresh_batches": float(fresh[q]),
+                    "before_the_first": first[q],
+                    "total_change_on_their_batches": own[q],
+                    "total_change_on_fresh_batches": fresh[q],
                 }
                 for q, quantity in enumerate(QUANTITIES)
             },
         }
-        if arm in CLAIMS:
-            little = LITTLE * float(loss["plain"][-1].mean())
-            for at in after.values():
-                at["verdicts"] = [verdict(CLAIMS[arm], at[f"minus_{k}"], little) for k in others]
-            summary[arm] |= {"claim": CLAIMS[arm], "control": CONTROLS.get(arm)}
-    return summary
+        for at in after.values() if arm in CLAIMS else ():
+            at["verdicts"] = [verdict(CLAIMS[arm], at[f"minus_{k}"], little) for k in references]
+    return {"arms": summary}
 
 
 def label(arm, diverged):
@@ -408,105 +365,74 @@ def label(arm, diverged):
     return f"{arm} ({diverged} diverged)" if diverged else arm
 
 
-def table(name, summary):
-    """Return a dataset's test losses and verdicts as Markdown: of the claims, then of the rest."""
-    header = [TITLES[name], "after epoch", "test loss", "− plain"]
-    claims, others = [], []
-    for arm, entry in summary.items():
-        for epoch, at in entry["after_epoch"].items():
-            cells = [label(arm, entry["diverged"]), str(epoch), f"{at['test_loss']:.4f}"]
-            cells.append(interval_text(at["minus_plain"]))
-            if arm in CLAIMS:
-                cells[0] += f": the loss {entry['claim']}"
-                cells.append(at["verdicts"][0])
-                control = ["–"] * 3
-                if arm in CONTROLS:
-                    control = [entry["control"], interval_text(at["minus_control"])]
-                    control.append(at["verdicts"][1])
-                claims.append(cells + control)
-            else:
-                others.append(cells)
-    claims = markdown([*header, "verdict", "control", "− control", "verdict"], claims)
-    return f"{claims}\n{markdown(header, others)}"
+def table(summaries):
+    """Return the test losses of all arms and the verdicts on the claims as Markdown."""
+    header = ["dataset", "arm: claim", "epoch", "test loss", "− plain", "verdict"]
+    rows = []
+    for name, summary in summaries.items():
+        for arm, entry in summary["arms"].items():
+            claim = f"{label(arm, entry['diverged'])}{CLAIMED.get(arm, '')}"
+            for epoch, at in entry["after_epoch"].items():
+                difference = plots.interval_text(at["minus_plain"])
+                cells = [TITLES[name], claim, str(epoch), f"{at['test_loss']:.4f}", difference]
+                verdicts = at.get("verdicts", ["–"])
+                control = plots.interval_text(at["minus_control"]) if arm in CONTROLS else "–"
+                rows.append([*cells, verdicts[0], control, (*verdicts, "–")[1]])
+    return plots.markdown([*header, "− control", "verdict"], rows)
 
 
-def draw_losses(name, result, quantity, path):
-    """Draw Figure 4 for a quantity: training dashed, test solid; and the paired test loss."""
-    figure = Figure(figsize=(8.4, 3.4))
-    losses, differences = figure.subplots(1, 2)
-    epochs, plain = 1 + np.arange(EPOCHS), result["test_loss"][:, ARMS.index("plain")]
-    arms = ["plain", *(arm for arm in CLAIMS if arm.startswith(quantity))]
-    for arm in arms:
-        i, colour = ARMS.index(arm), COLOURS[arm]
-        plot_band(losses, epochs, result["train_loss"][:, i], color=colour, ls="--")
-        name_and_count = label(arm, result["diverged"][i].sum())
-        plot_band(losses, epochs, result["test_loss"][:, i], color=colour, label=name_and_count)
-    for arm in (*arms, *(CONTROLS[arm] for arm in arms if arm in CONTROLS)):
-        i = ARMS.index(arm)
-        style = {"color": COLOURS[arm], "label": label(arm, result["diverged"][i].sum())}
-        plot_difference(differences, epochs, result["test_loss"][:, i], plain, **style)
-    losses.set(title=TITLES[name], xlabel="epoch", ylabel="loss (dashed: training)")
-    differences.set(
-        title="test loss − plain's, 95 % interval",
-        xlabel="epoch",
-        xlim=(TELEPORT_EPOCH - 1, EPOCHS),
-    )
-    for axes in (losses, differences):
-        axes.legend(fontsize="small")
-    figure.tight_layout()
-    save_figure(figure, path)
+# Figures
 
 
-def draw_quantities(name, result, path):
+def draw_quantities(name, results, path):
     """Draw φ and ψ along training for all arms, means over runs."""
     figure = Figure(figsize=(8.4, 3.4))
     for axes, curve, symbol in zip(figure.subplots(1, 2), ("sharpness", "curvature"), "φψ"):
         for i, arm in enumerate(ARMS):
-            values = np.nanmean(result[curve][TELEPORT_EPOCH - 5 :, i], 1)
+            values = np.nanmean(results[curve][TELEPORT_EPOCH - 5 :, i], 1)
             epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
             axes.plot(epochs, values, color=COLOURS[arm], label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
         axes.set(title=TITLES[name], xlabel="epoch", ylabel=f"{curve} {symbol}")
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    plots.legend_beside(axes)
     figure.tight_layout()
-    save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
-def compute(args):
-    """Do this rank's share of what logs/ lacks; the unit is a dataset."""
-    for name in mine(args.dataset):
-        experiment, path, settings = place(name, args)
-        train(load_data(name, args), experiment, args.runs, path, settings)
+def draw(name, results, _, folder):
+    """Draw Figure 4: a quantity's arms; and in the panel of differences their controls, too."""
+    for quantity in ("sharpness", "curvature"):
+        arms = ["plain", *(arm for arm in CLAIMS if arm.startswith(quantity))]
+        controls = [CONTROLS[arm] for arm in arms if arm in CONTROLS]
+        curves, loss = {}, results["test_loss"]
+        for arm in (*arms, *controls):
+            i = ARMS.index(arm)
+            key = label(arm, results["diverged"][i].sum())
+            curves[key] = COLOURS[arm], results["train_loss"][:, i], loss[:, i]
+        controls = list(curves)[len(arms) :]
+        course = TITLES[name], 1 + np.arange(EPOCHS), curves, loss[:, 0]
+        shown = TELEPORT_EPOCH - 1, EPOCHS
+        plots.draw_arms(folder / f"{name}_{quantity}", *course, controls, shown)
+    draw_quantities(name, results, folder / f"{name}_sharpness_and_curvature_along_training")
 
 
-def report(args):
-    """Draw and print what logs/ has of the datasets asked for."""
-    folder = figures_folder(args, "generalization", {"runs": RUNS})
-    for name in args.dataset:
-        result = measure(name, args)
-        summary = summarise(result)
-        for quantity in ("sharpness", "curvature"):
-            draw_losses(name, result, quantity, folder / f"{name}_{quantity}")
-        draw_quantities(name, result, folder / f"{name}_sharpness_and_curvature_along_training")
-        about = {"dataset": name, "runs": args.runs, "made_with": provenance(place(name, args)[1])}
-        text = json.dumps(about | {"arms": summary}, indent=1)
-        save_text(folder / f"{name}_summary.json", text + "\n")
-        save_text(folder / f"{name}_table.md", table(name, summary))
-        print(f"\n{table(name, summary)}")
-    print(f"Figures, summaries and tables are in {folder}")
+# Options
 
 
 def parse_arguments():
-    parser = experiment_parser(__doc__)
-    add = parser.add_argument
-    add("--dataset", nargs="+", choices=EXPERIMENTS, default=["CIFAR10"], help="which data")
-    add("--runs", type=at_least(2), default=RUNS, help="networks in each arm")
+    parser = launch.experiment_parser(__doc__)
+    add, runs = parser.add_argument, DEFAULTS["runs"]
+    add("--dataset", nargs="+", choices=EXPERIMENTS, default=["CIFAR10"], help="which datasets")
+    add("--runs", type=launch.at_least(2), default=runs, help="networks in each arm")
     return parser.parse_args()
 
 
 def main():
-    compute_and_report(parse_arguments(), compute, report)
+    args = parse_arguments()
+    folder = launch.figures_folder(args, "generalization", DEFAULTS)
+    parts = EXPERIMENTS, args.dataset
+    launch.compute_and_report(args, folder, *parts, compute, collect, summarise, table, draw)
 
 
 if __name__ == "__main__":
-    run(main)
+    launch.run(main)

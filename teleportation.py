@@ -189,7 +189,7 @@ def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False)
     return (weights, path) if return_path else weights
 
 
-def random_group_elements(group_elements, generator):
+def random_group_elements(group_elements, rng):
     """Draw g_m = I + T_m with random T_m of the Frobenius norms |g_m − I| that are given.
 
     group_elements: [..., d, d] for each pair; so is what is returned. Every member is drawn alone.
@@ -197,13 +197,13 @@ def random_group_elements(group_elements, generator):
     drawn = []
     for g in group_elements:
         identity = torch.eye(g.shape[-1]).to(g)
-        T = torch.randn(g.shape, generator=generator).to(g)
+        T = torch.randn(g.shape, generator=rng).to(g)
         scale = (g - identity).norm(dim=(-2, -1)) / T.norm(dim=(-2, -1))
         drawn.append(identity + scale[..., None, None] * T)
     return drawn
 
 
-def random_directions(widths, radii, generator, sphere=False):
+def random_directions(widths, radii, rng, sphere=False):
     """Draw one direction for each radius, uniform in [0, 1)^p as the published code does.
 
     That is the positive orthant; `sphere` draws uniformly from the sphere instead. Returns a list
@@ -213,14 +213,14 @@ def random_directions(widths, radii, generator, sphere=False):
     shapes = [(fan_out, fan_in) for fan_in, fan_out in pairwise(widths)]
     sizes = [fan_out * fan_in for fan_out, fan_in in shapes]
     draw = torch.randn if sphere else torch.rand
-    d = draw(len(radii), sum(sizes), generator=generator)
+    d = draw(len(radii), sum(sizes), generator=rng)
     d *= (torch.as_tensor(radii, dtype=d.dtype) / d.norm(dim=1)).unsqueeze(1)
     return [part.unflatten(1, shape) for part, shape in zip(d.split(sizes, dim=1), shapes)]
 
 
-def random_generators(widths, generator):
+def random_generators(widths, rng):
     """Draw M_m: [d, d] for each hidden width d, uniform in [0, 1) and scaled to |M_m|_F = 1."""
-    generators = [torch.rand(d, d, generator=generator) for d in widths[1:-1]]
+    generators = [torch.rand(d, d, generator=rng) for d in widths[1:-1]]
     return [M / M.norm() for M in generators]
 
 
@@ -375,12 +375,11 @@ def teleport_sharpness(
     describes; its objective is φ.
     """
     widths = [len(x), *(w.shape[-2] for w in weights)]
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
 
     def objective(weights):
         blocks = (
-            [d.to(x) for d in random_directions(widths, [radius] * number, generator)]
-            for radius in radii
+            [d.to(x) for d in random_directions(widths, [radius] * number, rng)] for radius in radii
         )
         phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
         return cross_entropy(weights, x, y, activation), phi, gradient
@@ -415,27 +414,20 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=
 
 
 @torch.no_grad()
-def estimate(stacks, x, y, radii, k, activation, sphere=False):
-    """Return φ and ψ [runs] of all networks on the k-th batch, as Table 1 estimates them.
+def estimate(weights, x, y, radii, k, activation, sphere=False):
+    """Return φ and ψ [...] of each network on the k-th batch, as Table 1 estimates them.
 
-    stacks: a list of stacks of networks, [runs, d_{m+1}, d_m], which are estimated one at a time
-    for the caches' sake. All share the batch's draws: a direction for each radius, and M for each
-    pair of layers. x: [d_0, n], y: [n].
+    All networks share the batch's draws: a direction for each radius, and M for each pair of
+    layers. x: [d_0, n], y: [n].
     """
-    widths = [len(x), *(w.shape[-2] for w in stacks[0])]
+    widths = [len(x), *(w.shape[-2] for w in weights)]
     generators = random_generators(widths, torch.Generator().manual_seed(12345 * k))
-    generators = [M.to(x) for M in generators]
-    directions = random_directions(
-        widths, radii, torch.Generator().manual_seed(12345 * k + 1), sphere
-    )
-    directions = [d.to(x) for d in directions]
+    rng = torch.Generator().manual_seed(12345 * k + 1)
+    directions = [d.to(x) for d in random_directions(widths, radii, rng, sphere)]
     # The batch meets the first layer through its span alone: with X = QR, W_0 X = (W_0 Q) R, and
     # since Q's columns are orthonormal, so are γ's lengths kept. That leaves n inputs of d_0.
     q, x = torch.linalg.qr(x)
     directions[0] = directions[0] @ q
-    phi, psi = [], []
-    for weights in stacks:
-        weights = [weights[0] @ q, *weights[1:]]
-        phi.append(sharpness(weights, x, y, directions, activation))
-        psi.append(curvature(*curve_derivatives(weights, x, generators, activation)))
-    return torch.cat(phi), torch.cat(psi)
+    weights = [weights[0] @ q, *weights[1:]]
+    derivatives = curve_derivatives(weights, x, [M.to(x) for M in generators], activation)
+    return sharpness(weights, x, y, directions, activation), curvature(*derivatives)

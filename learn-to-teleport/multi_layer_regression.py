@@ -13,7 +13,7 @@ Two-layer regression, ½ |Y − W_1 σ(W_0 X)|², is minimised by the published 
 and by two that they are to be compared with: LSTM(lr), without T, and GD (tuned), with the step
 size that is best on training trajectories. Each method learns from several initial LSTMs. These
 are tasks of their own, which run in processes side by side, or under torchrun in its ranks, and
-go on from logs/learn-to-teleport/.
+go on from logs/learn-to-teleport/. The losses of all are in learn-to-teleport/figures/results.npz.
 """
 
 import os
@@ -24,7 +24,6 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: the tasks run side by side
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import contextlib
-import json
 import math
 import multiprocessing
 import re
@@ -32,30 +31,14 @@ import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from init_directory import (
-    UserError,
-    at_least,
-    compute_and_report,
-    experiment_parser,
-    load,
-    load_finished,
-    made_with,
-    markdown,
-    mine,
-    progress,
-    provenance,
-    rank_and_world,
-    run,
-    save,
-    save_figure,
-    save_text,
-)
+from experiment import files, launch, plots
 from regression import (
     FIRST_LR,
     LR_RANGE,
@@ -88,10 +71,10 @@ class Method(NamedTuple):
 LR, UPDATE = Network(("lr",), 20, 1e-4), Network(("update",), 300, 1e-3)
 LR_AND_T, T = Network(("lr", "T"), 20, 1e-4), Network(("T",), 300, 1e-4)
 METHODS = {
-    "LSTM(lr)": Method((LR,), 30, 300, "C0"),
-    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300, "C2", "LSTM(lr)"),
-    "LSTM(update)": Method((UPDATE,), 600, 100, "C1"),
-    "LSTM(update,tele)": Method((UPDATE, T), 700, 100, "C3", "LSTM(update)"),
+    "LSTM(lr)": Method((LR,), 30, 300, plots.SKY),
+    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300, plots.GREEN, "LSTM(lr)"),
+    "LSTM(update)": Method((UPDATE,), 600, 100, plots.ORANGE),
+    "LSTM(update,tele)": Method((UPDATE, T), 700, 100, plots.RED, "LSTM(update)"),
 }
 QUICK = 100  # --quick trains on so many times fewer trajectories
 GD_LR = 3e-4
@@ -107,8 +90,8 @@ SAVE_SECONDS = 20  # between saves during training
 REPEATS = 9  # of the run of CLAIMED_STEP steps whose seconds are measured
 LITTLE = 0.01  # so close to 1 a ratio of losses is no difference
 RESAMPLES = 2000  # of the bootstrap
-TUNED = "GD (tuned)"
-COLOURS = {"GD": "black", TUNED: "grey"} | {name: m.colour for name, m in METHODS.items()}
+TUNED, PUBLISHED_5 = "GD (tuned)", "published 5"
+COLOURS = {"GD": plots.BLACK, TUNED: plots.GREY} | {name: m.colour for name, m in METHODS.items()}
 
 
 def training_seeds(trajectories):
@@ -148,7 +131,7 @@ def train(method, initialisation, path, settings, report):
     training.
     """
     lstms, optimizers = new_training(method.networks, (initialisation + 1) * SEED)
-    state = {"trained": 0, "seconds": 0.0} | (load(path, settings) or {})
+    state = {"trained": 0, "seconds": 0.0} | (files.load(path, settings) or {})
     first, start = int(state["trained"]), time.perf_counter() - state["seconds"]
     if first:
         restore(lstms, optimizers, state)
@@ -158,24 +141,24 @@ def train(method, initialisation, path, settings, report):
         try:
             train_trajectory(method.networks, lstms, optimizers, draw_problem(seed), method.steps)
         except FloatingPointError as error:
-            raise UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
+            raise files.UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
         if time.monotonic() - saved > SAVE_SECONDS:
             seconds = time.perf_counter() - start
-            arrays = matrices(lstms, optimizers)
-            save(path, settings, trained=i + 1, seconds=seconds, **arrays)
+            arrays = {"trained": i + 1, "seconds": seconds, **matrices(lstms, optimizers)}
+            files.save(path, settings, arrays)
             saved = time.monotonic()
         report(1)
     problem = draw_tests()
     loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
-    arrays = {"loss": loss, "gradient_norm_squared": norm, **matrices(lstms)}
-    save(path, settings, seconds=time.perf_counter() - start, **arrays)
+    arrays = {"loss": loss, "gradient_norm_squared": norm, "seconds": time.perf_counter() - start}
+    files.save(path, settings, arrays | matrices(lstms))
 
 
 def start_worker(count, stop):
     """Prepare a worker process; count: of trajectories done, and stop: an event, are shared."""
     global report_to_parent
     torch.set_num_threads(1)
-    made_with()  # now: the code may change while it runs
+    files.code_version()  # now: the code may change while it runs
 
     def report_to_parent(n):
         with count.get_lock():
@@ -208,7 +191,7 @@ def run_tasks(tasks, processes):
     finally:
         signal.signal(signal.SIGINT, handler)
     try:
-        with progress(total=total, unit="trajectory", mininterval=1) as bar:
+        with launch.progress_bar(total, "trajectory") as bar:
             pending = futures
             while pending:
                 done, pending = wait(pending, timeout=0.2)
@@ -216,7 +199,7 @@ def run_tasks(tasks, processes):
                 for future in done:
                     future.result()
     except BrokenProcessPool:
-        raise UserError("A worker process was killed, perhaps for want of memory.") from None
+        raise files.UserError("A worker process was killed, perhaps for want of memory.") from None
     finally:
         stop.set()
         executor.shutdown(cancel_futures=True)
@@ -245,7 +228,7 @@ def tasks(methods, initialisations, folder):
     return listed
 
 
-def experiment(args):
+def chosen(args):
     """Return what the options ask for: methods, folders for figures and for logs, and tasks."""
     methods, logs = METHODS, args.output / "logs" / "learn-to-teleport"
     folder = args.output / "learn-to-teleport" / "figures"
@@ -260,59 +243,68 @@ def experiment(args):
     return methods, folder, logs, tasks(methods, args.seeds, logs)
 
 
-def finished(state):
-    """Return whether a task's log is what `train` saves at the end."""
-    return "loss" in state
+def is_finished(state):
+    """Return whether a task's log, or None, is what `train` saves in the end."""
+    return state is not None and "loss" in state
 
 
 def compute(args):
     """Do this rank's share of the tasks that logs/ lacks: all of them but under torchrun."""
-    todo = [task for task in mine(experiment(args)[-1]) if not finished(load(*task[2:]) or {})]
-    if rank_and_world()[1] == 1 and todo:
+    todo = [
+        t for t in launch.share_of_rank(chosen(args)[-1]) if not is_finished(files.load(*t[2:]))
+    ]
+    if launch.rank_and_world()[1] == 1 and todo:
         run_tasks(todo, args.processes)
     else:  # the ranks are the processes side by side
         total = sum(method.trajectories for method, *_ in todo)
-        with progress(total=total, unit="trajectory", mininterval=1) as bar:
+        with launch.progress_bar(total, "trajectory") as bar:
             for task in todo:
                 train(*task, bar.update)
 
 
-def measure(methods, listed):
-    """Return {method: the arrays of `train` for each initialisation} of listed tasks, from logs/.
+def seconds_a_step(optimizer, problem):
+    """Return the seconds of a step of an optimizer on one problem: a median over REPEATS runs."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        rollout(optimizer(), problem, CLAIMED_STEP)
+        times.append((time.perf_counter() - start) / CLAIMED_STEP)
+    return np.median(times)
 
-    Raises UserError where some are missing.
+
+def collect(_, args):
+    """Return the results of all methods, settings and a log that they are from.
+
+    For each method, "<method>: loss" [initialisations, TEST_STEPS + 1, trajectories of all
+    TEST_SETS], "<method>: gradient_norm_squared", which has the published trajectories alone, and
+    "<method>: seconds_a_step" of one trajectory. GD has one initialisation.
     """
-    results = {name: [] for name in methods}
-    for _, _, path, settings in listed:
-        results[settings["method"]].append(load_finished(path, settings, finished))
-    return results
-
-
-def seconds_a_step(methods, results, folder, plot_only):
-    """Return {method: seconds a step of one trajectory}, from logs/ or measured.
-
-    The median over REPEATS runs of CLAIMED_STEP steps with the first initialisation's LSTMs.
-    """
-    path, settings = folder / "seconds.npz", {"steps": CLAIMED_STEP, "repeats": REPEATS}
-    settings |= {"device": "cpu", "networks": {name: methods[name].networks for name in methods}}
-    found = load_finished(path, settings, bool) if plot_only else load(path, settings)
-    if found is None:
-        problem = draw_problem(TEST_SETS["published 5"][0])
-        found = {}
-        for name in results:
-            times = []
-            for _ in range(REPEATS):
-                optimizer = gradient_descent(GD_LR)
-                if name in methods:
-                    networks = methods[name].networks
-                    lstms = lstms_of(networks, results[name][0])
-                    optimizer = learned(networks, lstms, problem)
-                start = time.perf_counter()
-                rollout(optimizer, problem, CLAIMED_STEP)
-                times.append((time.perf_counter() - start) / CLAIMED_STEP)
-            found[name] = np.median(times)
-        save(path, settings, **found)
-    return {name: float(value) for name, value in found.items()}
+    methods, _, _, listed = chosen(args)
+    found, gd_lr = {name: [] for name in methods}, tune_gradient_descent()
+    for *_, path, settings in listed:
+        state = files.load(path, settings)
+        if not is_finished(state):
+            raise files.UserError(f"{path} is missing or not finished: start this command again.")
+        found[settings["method"]].append(state)
+    problem, first = draw_tests(), draw_problem(TEST_SETS[PUBLISHED_5][0])
+    optimizers = {
+        name: partial(learned, m.networks, lstms_of(m.networks, found[name][0]), first)
+        for name, m in methods.items()
+    }
+    for name, lr in (("GD", GD_LR), (TUNED, gd_lr)):
+        curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
+        found[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
+        optimizers[name] = partial(gradient_descent, lr)
+    results = {"gd_tuned_lr": gd_lr}
+    for name in COLOURS:
+        loss, norm = (
+            np.stack([s[k] for s in found[name]]) for k in ("loss", "gradient_norm_squared")
+        )
+        results[f"{name}: loss"] = loss
+        results[f"{name}: gradient_norm_squared"] = by_test_set(norm)[PUBLISHED_5]
+        results[f"{name}: seconds_a_step"] = seconds_a_step(optimizers[name], first)
+    settings = {"seeds": args.seeds, "quick": args.quick} | listed[0][3]
+    return settings, results, listed[0][2]
 
 
 def interval(values):
@@ -358,11 +350,13 @@ def compare(a, b):
     return result | {"lower": lower, "of_each": of_each}
 
 
-def summarise(losses, seconds, gd_lr):
-    """Return what summary.json says; losses: {method: as `compare` takes them}."""
+def summarise(_, results):
+    """Return what summary.json says of the results that `collect` returns."""
+    losses = {name: finite(results[f"{name}: loss"]) for name in COLOURS}
     methods = {}
     for name, curves in losses.items():
-        methods[name] = {"seconds_a_step": float(f"{seconds[name]:.3g}")}
+        seconds = float(results[f"{name}: seconds_a_step"])
+        methods[name] = {"seconds_a_step": float(f"{seconds:.3g}")}
         for test_set, loss in by_test_set(curves).items():
             at = {step: interval(loss[:, step].astype(float)) for step in STEPS_SHOWN}
             diverged = int((~(loss[:, -1] < loss[:, 0])).sum())  # ends no better than it began
@@ -379,15 +373,16 @@ def summarise(losses, seconds, gd_lr):
     else:
         verdict = "opposite" if "the second" in claimed else "not seen"
     return {
-        "gd_tuned_lr": gd_lr,
+        "gd_tuned_lr": results["gd_tuned_lr"],
         "methods": methods,
         "ratios_of_losses": {"step": CLAIMED_STEP, "test_set": "fresh 100", "of": ratios},
         "claim_that_teleporting_lowers_the_loss": verdict,
     }
 
 
-def table(summary):
+def table(summaries):
     """Return the losses and their ratios as Markdown."""
+    (summary,) = summaries.values()
 
     def number(value, digits=3):
         return "∞" if value is None else f"{value:.{digits}g}"
@@ -410,30 +405,29 @@ def table(summary):
     ]
     verdict = summary["claim_that_teleporting_lowers_the_loss"]
     return (
-        f"{markdown(header, rows)}\n"
-        f"{markdown([*compared, 'of each initialisation', 'lower'], ratios)}\n"
+        f"{plots.markdown(header, rows)}\n"
+        f"{plots.markdown([*compared, 'of each initialisation', 'lower'], ratios)}\n"
         f"The claim that teleporting lowers the loss: {verdict}.\n"
     )
 
 
-def draw(losses, norms, seconds, against, path):
+def draw_panel(results, against, path):
     """Draw a panel of Figure 6 over the published trajectories and all initialisations.
 
-    losses, norms: {method: [initialisations, steps + 1, trajectories of all TEST_SETS]}. Against
-    epoch or time: mean and standard deviation of the loss, the band cut at the lowest loss;
-    against the loss: the mean |∇L|² at each epoch. Runs that are not finite by CLAIMED_STEP are
-    left out and counted.
+    results: as `collect` returns them. Against epoch or time: mean and standard deviation of the
+    loss, the band cut at the lowest loss; against the loss: the mean |∇L|² at each epoch. Runs that
+    are not finite by CLAIMED_STEP are left out and counted.
     """
-    axes = Figure(figsize=(5.2, 3.8)).add_subplot(yscale="log", ylabel="loss")
+    axes = Figure(figsize=(5.2, 3.8)).add_subplot(ylabel="loss")
+    plots.plain_log_axis(axes, "y")
     partners = {method.without for method in METHODS.values()}
     for name, colour in COLOURS.items():
         style = {"color": colour}
         if name in partners:  # it may lie on that with T
             style |= {"ls": "--", "zorder": 3}
-        loss, norm = (
-            np.concatenate(by_test_set(curves[name])["published 5"], -1)[: CLAIMED_STEP + 1]
-            for curves in (losses, norms)
-        )
+        loss = by_test_set(finite(results[f"{name}: loss"]))[PUBLISHED_5]
+        norm = results[f"{name}: gradient_norm_squared"]
+        loss, norm = (np.concatenate(c, -1)[: CLAIMED_STEP + 1] for c in (loss, norm))
         kept = np.isfinite(loss).all(0)
         label = name if kept.all() else f"{name}, {(~kept).sum()} of {len(kept)} not finite"
         if not kept.any():
@@ -443,7 +437,9 @@ def draw(losses, norms, seconds, against, path):
         if against == "gradient":
             axes.plot(mean, norm[:, kept].mean(1), marker=".", label=label, lw=1, **style)
             continue
-        x = np.arange(len(mean)) * (1e3 * seconds[name] if against == "time" else 1)
+        x = np.arange(len(mean)) * (
+            1e3 * results[f"{name}: seconds_a_step"] if against == "time" else 1
+        )
         low = np.maximum(mean - deviation, loss[:, kept].min(1))
         shown = slice(against == "time", None)  # on a logarithmic axis there is no 0
         axes.plot(x[shown], mean[shown], label=label, **style)
@@ -454,38 +450,20 @@ def draw(losses, norms, seconds, against, path):
     else:
         axes.set_xlabel("epoch" if against == "epoch" else "time (ms)")
         axes.set_xscale("linear" if against == "epoch" else "log")
-    axes.legend(fontsize="small")
-    save_figure(axes.figure, path)
+    plots.legend_beside(axes)
+    plots.save_figure(axes.figure, path)
 
 
-def report(args):
-    """Draw and print what logs/ has."""
-    methods, folder, logs, listed = experiment(args)
-    results = measure(methods, listed)
-    gd_lr = tune_gradient_descent()
-    problem = draw_tests()
-    for name, lr in (("GD", GD_LR), (TUNED, gd_lr)):
-        curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
-        results[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
-    seconds = seconds_a_step(methods, results, logs, args.plot_only)
-    losses, norms = (
-        {name: np.stack([result[key] for result in results[name]]) for name in COLOURS}
-        for key in ("loss", "gradient_norm_squared")
-    )
-    losses = {name: finite(curves) for name, curves in losses.items()}
+def draw(_, results, summary, folder):
+    """Draw Figure 6: the loss against epoch and against time, and |∇L|² against the loss."""
     for against in ("epoch", "time", "gradient"):
         suffix = "" if against == "epoch" else f"_vs_{against}"
-        draw(losses, norms, seconds, against, folder / f"multi_layer_loss{suffix}")
-    about = {"seeds": args.seeds, "quick": args.quick, "made_with": provenance(listed[0][2])}
-    summary = about | summarise(losses, seconds, gd_lr)
-    save_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    save_text(folder / "table.md", table(summary))
-    print(f"\n{table(summary)}\nFigures, summary and table are in {folder}")
+        draw_panel(results, against, folder / f"multi_layer_loss{suffix}")
 
 
 def parse_arguments():
-    parser = experiment_parser(__doc__, on_datasets=False)
-    add = parser.add_argument
+    parser = launch.experiment_parser(__doc__, on_datasets=False)
+    add, at_least = parser.add_argument, launch.at_least
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
     add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
@@ -495,8 +473,10 @@ def parse_arguments():
 
 def main():
     torch.set_num_threads(1)
-    compute_and_report(parse_arguments(), compute, report)
+    args = parse_arguments()
+    parts, folder = (["results"], ["results"]), chosen(args)[1]
+    launch.compute_and_report(args, folder, *parts, compute, collect, summarise, table, draw)
 
 
 if __name__ == "__main__":
-    run(main)
+    launch.run(main)

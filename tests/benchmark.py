@@ -25,7 +25,14 @@ import correlation  # noqa: E402
 import multi_layer_regression  # noqa: E402
 import teleport_optimization  # noqa: E402
 import teleport_sharpness_curvature  # noqa: E402
-from models import MLP, LeakyReLU, init_weights, train_epoch, train_epoch_sgd  # noqa: E402
+from models import (  # noqa: E402
+    MLP,
+    TRAINING,
+    LeakyReLU,
+    init_weights,
+    train_epoch,
+    train_epoch_sgd,
+)
 from teleportation import (  # noqa: E402
     RADII,
     curvature_along,
@@ -72,23 +79,24 @@ def training_products(widths):
 
 def sgd(name, images, limit):
     """Training of Table 1's 100 networks for 40 epochs, from the time of `images` images."""
-    experiment = correlation.EXPERIMENTS[name]
-    widths, stack = experiment.widths, experiment.stack
+    (widths, lr), stack = TRAINING[name], correlation.STACK[name]
     x, y = torch.rand(images, widths[0]), torch.randint(10, (images,))
     weights = init_weights(widths, range(stack))
     scale = 100 / stack * 40 * 50_000 / images
-    seconds = best_seconds(lambda: train_epoch_sgd(weights, x, y, experiment.lr, LeakyReLU()))
+    seconds = best_seconds(lambda: train_epoch_sgd(weights, x, y, lr, LeakyReLU()))
     operations = 2 * images * stack * training_products(widths)
     return Row(scale * seconds, scale * operations, limit)
 
 
 def estimators(name, limit=None):
     """φ and ψ of 100 networks on one batch of 200."""
-    experiment = correlation.EXPERIMENTS[name]
-    widths, n, k = experiment.widths, correlation.ESTIMATION_BATCH, len(RADII[name])
+    widths, stack = TRAINING[name].widths, correlation.STACK[name]
+    n, k = correlation.ESTIMATION_BATCH, len(RADII[name])
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
-    stacks = [init_weights(widths, range(experiment.stack)) for _ in range(100 // experiment.stack)]
-    seconds = best_seconds(lambda: estimate(stacks, x, y, RADII[name], 0, LeakyReLU()))
+    stacks = [init_weights(widths, range(stack)) for _ in range(100 // stack)]
+    seconds = best_seconds(
+        lambda: [estimate(weights, x, y, RADII[name], 0, LeakyReLU()) for weights in stacks]
+    )
     first, above = widths[0] * widths[1], connections(widths[1:])
     phi = 100 * first + k * first + 100 * k * above
     # γ' and γ'': for each pair M h and M² h, and their products with h^+ (n inputs, or d)
@@ -98,7 +106,7 @@ def estimators(name, limit=None):
 
 def epoch(optimizer, runs=5, images=10_000):
     """An epoch on MNIST of a stack of runs with an optimizer, from the time of `images` images."""
-    widths = teleport_optimization.WIDTHS["MNIST"]
+    widths = TRAINING["MNIST"].widths
     x, y = torch.rand(images, widths[0]), torch.randint(10, (images,))
     model = MLP(init_weights(widths, range(runs)), LeakyReLU())
     optimizer = teleport_optimization.EXPERIMENTS[optimizer].optimizer(model.parameters())
@@ -109,7 +117,7 @@ def epoch(optimizer, runs=5, images=10_000):
 
 def gradient_teleport(name, limit, runs=5, steps=10, n=200):
     """A teleport of a stack of runs to a larger gradient."""
-    widths = teleport_optimization.WIDTHS[name]
+    widths = TRAINING[name].widths
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     weights = init_weights(widths, range(runs))
     seconds = best_seconds(lambda: teleport(weights, x, y, 1e-4, steps, LeakyReLU()))
@@ -123,7 +131,7 @@ def sharpness_step(name, runs, limit):
     """A step of a stack of runs in sharpness, 900 directions, on a batch of 2,000."""
     script = teleport_sharpness_curvature
     experiment, n = script.EXPERIMENTS[name], script.TELEPORT_BATCH
-    widths = experiment.widths
+    widths = experiment.training.widths
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     weights = init_weights(widths, range(runs))
     draws = script.TELEPORT_RADII, experiment.directions, 0, LeakyReLU()
@@ -138,7 +146,7 @@ def sharpness_step(name, runs, limit):
 def curvature_step(limit, runs=5):
     """κ and dκ/dt of a stack of MNIST's networks on a batch of 2,000."""
     script = teleport_sharpness_curvature
-    widths, n = script.EXPERIMENTS["MNIST"].widths, script.TELEPORT_BATCH
+    widths, n = script.EXPERIMENTS["MNIST"].training.widths, script.TELEPORT_BATCH
     x, M = torch.rand(widths[0], n), torch.rand(widths[2], widths[2])
     weights = init_weights(widths, range(runs))
     seconds = best_seconds(lambda: curvature_along(weights, x, M, script.PAIR, LeakyReLU()))
@@ -161,7 +169,7 @@ def cold_start(limit):
         code = (
             f"import sys; sys.argv[1:] = '--dataset', 'MNIST', '--output', {folder!r}\n"
             "import correlation\n"
-            "correlation.train_epoch_sgd = lambda *_: sys.exit()\n"
+            "correlation.models.train_epoch_sgd = lambda *_: sys.exit()\n"
             "correlation.main()"
         )
         command = [sys.executable, "-c", code]

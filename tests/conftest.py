@@ -14,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-from init_directory import ROOT, run  # noqa: E402
+from experiment.files import ROOT  # noqa: E402
+from experiment.launch import run  # noqa: E402
 from models import LeakyReLU, init_weights  # noqa: E402
 from teleportation import random_directions, random_generators  # noqa: E402
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import data
-from init_directory import ROOT, UserError
+from experiment.files import ROOT, UserError
 
 PACKAGES = dict(data.PACKAGES)
 NAMES = list(data.PATHS)

@@ -12,7 +12,8 @@ from scipy.integrate import quad
 from scipy.special import ellipeinc
 
 import displacement_integration as displacement
-from init_directory import ROOT
+from experiment import files
+from experiment.files import ROOT
 
 FIGURES = ("integral_kx_sqr", "integral_circle", "collapse")
 CURVATURES = (0, 0.01, 0.3, 0.5, 1, 7, 40)
@@ -162,52 +163,62 @@ def test_fine_polyline_is_the_parabola():
     np.testing.assert_allclose(mean, displacement.parabola_displacement(k, 1), atol=2e-5)
 
 
-def summary_of(folder):
+def results_of(folder):
     for name in FIGURES:
         stem = folder / f"curvature_displacement_{name}"
         assert stem.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(folder.iterdir())) == 2 * len(FIGURES) + 1
-    return json.loads((folder / "displacement_summary.json").read_text())
+    others = {"displacement.npz", "summary.json", "table.md"}
+    assert {path.name for path in folder.iterdir() if path.suffix not in (".pdf", ".png")} == others
+    results = files.read(folder / "displacement.npz")
+    return results, json.loads((folder / "summary.json").read_text("utf-8"))["displacement"]
 
 
-def test_script_draws_the_exact_figure(tmp_path):
-    script = ROOT / "displacement_integration.py"
-    subprocess.run([sys.executable, script, "--output", tmp_path], cwd=tmp_path, check=True)
-    summary = summary_of(tmp_path / "figures")
-    assert summary["parabola_drawn"] == "exact"
-    for r in displacement.PARABOLA_RADII:
-        expected = displacement.parabola_displacement(np.array(summary["parabola_k"]), r)
-        np.testing.assert_allclose(summary["parabola_exact"][str(r)], expected, atol=1e-7)
-        expected = displacement.polyline_displacement(np.array(summary["parabola_k"]), r, 0.1)
-        np.testing.assert_allclose(summary["parabola_polyline"][str(r)], expected, atol=1e-5)
-        error = np.subtract(summary["parabola_polyline"][str(r)], summary["parabola_exact"][str(r)])
-        assert summary["polyline_largest_error"][str(r)] == pytest.approx(error.max(), abs=1e-5)
-    for r in displacement.CIRCLE_RADII:
-        expected = displacement.circle_displacement(np.array(summary["circle_k"]), r)
-        np.testing.assert_allclose(summary["circle_exact"][str(r)], expected, atol=1e-7)
+def test_script_draws_the_exact_figure_and_draws_it_again(tmp_path):
+    command = [sys.executable, ROOT / "displacement_integration.py", "--output", tmp_path]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    folder = tmp_path / "figures/displacement"
+    results, summary = results_of(folder)
+    assert results.settings["parabola_drawn"] == "exact"
+    arrays, k = results.arrays, displacement.PARABOLA_K
+    for i, r in enumerate(displacement.PARABOLA_RADII):
+        expected = displacement.parabola_displacement(k, r)
+        np.testing.assert_array_equal(arrays["parabola_exact"][i], expected)
+        expected = displacement.polyline_displacement(k, r, 0.1)
+        np.testing.assert_array_equal(arrays["parabola_polyline"][i], expected)
+        error = np.abs(arrays["parabola_polyline"][i] - arrays["parabola_exact"][i]).max()
+        assert summary["polyline_largest_error"][str(r)] == pytest.approx(error, abs=1e-5)
+    for i, r in enumerate(displacement.CIRCLE_RADII):
+        expected = displacement.circle_displacement(displacement.CIRCLE_K, r)
+        np.testing.assert_array_equal(arrays["circle_exact"][i], expected)
     lowest, back = summary["parabola_lowest"], summary["parabola_back_at_straight_line"]
     around = displacement.parabola_displacement(lowest["kr"] + np.array([-0.01, 0, 0.01]), 1)
     assert lowest["mean"] == pytest.approx(around[1], abs=1e-6) and around.argmin() == 1
     assert displacement.parabola_displacement(back["kr"], 1) == pytest.approx(2 / np.pi, abs=2e-5)
+    assert summary["circle_lowest"] == pytest.approx(arrays["circle_exact"].min(), abs=1e-6)
+
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    subprocess.run([*command, "--plot-only"], cwd=tmp_path, check=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
 def test_script_draws_the_polyline(monkeypatch, call, tmp_path):
     drawn = {}
     draw_panel = displacement.draw_panel
 
-    def spy(curvature, curves, title):
+    def spy(curvature, radii, curves, title):
         drawn[title] = curves
-        return draw_panel(curvature, curves, title)
+        return draw_panel(curvature, radii, curves, title)
 
     monkeypatch.setattr(displacement, "draw_panel", spy)
-    assert call(displacement, "--polyline", "0.3", "--output", tmp_path).returncode == 0
-    summary = summary_of(tmp_path / "figures/polyline-0.3")
-    assert (summary["parabola_drawn"], summary["polyline_spacing"]) == ("polyline", 0.3)
+    done = call(displacement, "--polyline", "0.3", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results, _ = results_of(tmp_path / "figures/displacement-polyline-0.3")
+    assert results.settings == {"parabola_drawn": "polyline", "spacing": 0.3}
     curves = drawn["Parabola $y = k x^2$: polyline, 0.3 apart"]
-    for r in displacement.PARABOLA_RADII:
+    for r, curve in zip(displacement.PARABOLA_RADII, curves):
         expected = displacement.polyline_displacement(displacement.PARABOLA_K, r, 0.3)
-        np.testing.assert_array_equal(curves[r], expected)
+        np.testing.assert_array_equal(curve, expected)
 
 
 @pytest.mark.parametrize("value", ("-1", "0", "nan", "inf", "1e-9", "11", "one", ""))

@@ -10,19 +10,20 @@ import time
 import numpy as np
 import pytest
 
-from init_directory import ROOT
-from test_correlation import assert_same, results
+from experiment.files import ROOT
+from test_correlation import arrays, assert_same
 
 # small stacks, no figures; FAULT ends rank 1 when it has two stacks, or keeps it from the barrier
 SCRIPT = """
 import os, signal, time
-import correlation, init_directory
+import correlation
+from experiment import files, launch
 
 def draw(*_):
     pass
 
-def save(path, settings, **arrays):
-    original(path, settings, **arrays)
+def save(path, settings, arrays, *made_with):
+    original(path, settings, arrays, *made_with)
     if "test_loss" in arrays and os.environ.get("RANK") == "1":
         done.append(path)
         if len(done) == 2 and FAULT == "kill":
@@ -30,11 +31,10 @@ def save(path, settings, **arrays):
         if len(done) == 1 and FAULT == "wait":
             time.sleep(60)
 
-FAULT, original, done = os.environ.get("FAULT"), correlation.save, []
-correlation.draw, correlation.save = draw, save
-for name, experiment in correlation.EXPERIMENTS.items():
-    correlation.EXPERIMENTS[name] = experiment._replace(stack=2)
-init_directory.run(correlation.main)
+FAULT, original, done = os.environ.get("FAULT"), files.save, []
+correlation.draw, files.save = draw, save
+correlation.STACK = dict.fromkeys(correlation.STACK, 2)
+launch.run(correlation.main)
 """
 ARGUMENTS = ["--sample", "--dataset", "MNIST", "FashionMNIST", "--runs", "5", "--epochs", "3"]
 ARGUMENTS += ["--batches", "2", "--output"]
@@ -75,15 +75,15 @@ def expected(folder, start):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
     assert not list(folder.rglob("*.part"))
-    found = results(folder / "one")
-    assert len({name for name, _ in found}) == 8  # each dataset's three stacks and estimates
+    found = arrays(folder / "one")
+    assert len({name for name, _ in found}) == 12  # each dataset's three stacks and their estimates
     return found
 
 
 def finished(folder):
     """Return {path: time of its last change} of the stacks in logs/ that are finished."""
     found = {}
-    for path in folder.rglob("runs*.npz"):
+    for path in folder.rglob("logs/**/runs*.npz"):
         with np.load(path) as archive:
             if "test_loss" in archive.files:
                 found[path] = path.stat().st_mtime_ns
@@ -94,8 +94,8 @@ def test_four_ranks_give_the_same_numbers(folder, start, expected):
     four = start("four", ranks=4)
     output, _ = four.communicate(timeout=60)
     assert four.returncode == 0, output
-    assert output.count("Figures, summary.json and table1.md are in") == 1
-    assert_same(expected, results(folder / "four"))
+    assert output.count("summary.json and table.md are in") == 1
+    assert_same(expected, arrays(folder / "four"))
 
 
 def test_a_killed_rank_and_ctrl_c_lose_nothing(folder, start, expected):
@@ -129,4 +129,4 @@ def test_a_killed_rank_and_ctrl_c_lose_nothing(folder, start, expected):
     output, _ = last.communicate(timeout=60)
     assert last.returncode == 0, output
     assert before.items() <= finished(two).items()  # what was there is not done again
-    assert_same(expected, results(two))
+    assert_same(expected, arrays(two))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 import multi_layer_regression as script
 import regression
-from init_directory import ROOT, UserError
+from experiment.files import ROOT, UserError, load
 from lstm import backward, init_lstm, lstm_step, zero_state
 from models import LeakyReLU
 from regression import Network, Problem
@@ -236,8 +237,8 @@ def test_an_interrupted_task_ends_with_the_same_numbers(tmp_path, monkeypatch, m
     for name, updates in (("whole", 99), ("cut", 3), ("cut", 99)):
         with contextlib.suppress(KeyboardInterrupt):
             script.train(*task, tmp_path / name, {}, interrupt_after(updates))
-    whole, resumed = (script.load(tmp_path / name, {}) for name in ("whole", "cut"))
-    assert script.finished(whole) and script.finished(resumed)
+    whole, resumed = (load(tmp_path / name, {}) for name in ("whole", "cut"))
+    assert script.is_finished(whole) and script.is_finished(resumed)
     assert whole.keys() == resumed.keys() and whole["loss"].shape == (101, 2)
     for key in whole.keys() - {"seconds"}:
         np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
@@ -254,9 +255,11 @@ def test_what_diverges_is_counted_and_larger_than_all_else(monkeypatch):
     monkeypatch.setattr(script, "TEST_SETS", {"published 5": [1] * 5, "fresh 100": [1] * 3})
     loss = np.ones((2, 101, 8), np.float32)
     loss[:, 0], loss[0, 50:, 6], loss[1, 100, 7] = 2, np.nan, 3
-    losses = dict.fromkeys(script.COLOURS, script.finite(loss))
-    losses["LSTM(lr,tele)"] = losses["LSTM(lr)"] / 2
-    summary = script.summarise(losses, dict.fromkeys(losses, 1e-3), 1e-4)
+    results = {"gd_tuned_lr": 1e-4}
+    for name in script.COLOURS:
+        results[f"{name}: loss"] = loss / 2 if name == "LSTM(lr,tele)" else loss
+        results[f"{name}: seconds_a_step"] = 1e-3
+    summary = script.summarise("results", results)
     method = summary["methods"]["LSTM(lr)"]
     assert [method[test_set]["diverged"] for test_set in script.TEST_SETS] == [0, 2]
     assert method["fresh 100"]["loss_at_step"][100] == {"median": 1.0, "low": 1.0, "high": None}
@@ -264,8 +267,8 @@ def test_what_diverges_is_counted_and_larger_than_all_else(monkeypatch):
     assert ratios["LSTM(lr,tele) / LSTM(lr)"]["lower"] == "the first"
     assert ratios["LSTM(update,tele) / LSTM(update)"]["lower"] == "unclear"
     assert summary["claim_that_teleporting_lowers_the_loss"] == "holds for 1 of 2"
-    assert "1 [1, ∞] | 2 of 6" in script.table(summary)
-    assert "| 0.5 [0.5, 0.5] | 0.5, 0.5 | the first |" in script.table(summary)
+    assert "1 [1, ∞] | 2 of 6" in script.table({"results": summary})
+    assert "| 0.5 [0.5, 0.5] | 0.5, 0.5 | the first |" in script.table({"results": summary})
 
 
 def test_quick_ends_with_table_and_figures(tmp_path, run_script, call, monkeypatch):
@@ -275,15 +278,18 @@ def test_quick_ends_with_table_and_figures(tmp_path, run_script, call, monkeypat
     folder = tmp_path / "learn-to-teleport/figures/quick/1seeds"
     names = [f"multi_layer_loss{suffix}" for suffix in ("", "_vs_time", "_vs_gradient")]
     expected = {f"{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
-    assert {p.name for p in folder.iterdir()} == expected | {"summary.json", "table.md"}
-    assert json.loads((folder / "summary.json").read_text())["seeds"] == 1
-    assert (folder / "table.md").read_text() in done.stdout
+    expected |= {"results.npz", "summary.json", "table.md"}
+    assert {p.name for p in folder.iterdir()} == expected
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert summary["results"]["settings"]["seeds"] == 1
+    assert (folder / "table.md").read_text("utf-8") in done.stdout
 
     monkeypatch.setattr(script, "draw", lambda *_: None)
+    shutil.rmtree(tmp_path / "logs")
     assert call(script, *options, "--plot-only").stdout == done.stdout
     other = call(script, *options, "--plot-only", "--seeds", "2")
     assert other.returncode == 2
-    assert "lstm-update-tele-1.npz is missing or not finished" in other.stderr
+    assert "2seeds/results.npz is missing: start this without --plot-only" in other.stderr
 
 
 def test_ctrl_c_ends_all_processes_quietly(tmp_path):

@@ -2,7 +2,7 @@
 
 import re
 
-from init_directory import ROOT
+from experiment.files import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
 

@@ -1,6 +1,8 @@
 """teleport_optimization.py: every arm on the sample, the controls, kill and resume."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 
 import teleport_optimization as script
 from data import load_sample, shuffled_batch
-from init_directory import UserError
-from models import MLP, LeakyReLU, init_weights, train_epoch
+from experiment import files
+from experiment.files import UserError
+from models import MLP, TRAINING, LeakyReLU, init_weights, train_epoch
 from teleportation import gradient_norm_squared
 
 RUNS, EPOCHS = 3, 4
-WIDTHS = script.WIDTHS["MNIST"]
+WIDTHS = TRAINING["MNIST"].widths
 
 
 class Bar:
@@ -74,19 +77,19 @@ def test_for_plain_sgd_a_reset_changes_nothing(tmp_path):
     np.testing.assert_allclose(plain, reset, rtol=1e-5)
 
 
-def test_reset_is_a_new_optimizer_before_each_of_the_first_batches():
+def test_reset_is_a_new_optimizer_before_each_of_the_first_batches(tmp_path, monkeypatch):
+    monkeypatch.setitem(script.STACKS, "rebuilt", ("reset",))
     data, experiment = load_sample("MNIST"), script.EXPERIMENTS["Adam"]
-    weights = [w[None] for w in init_weights(WIDTHS, [1, 2])]
-    model = MLP([w.clone() for w in weights], LeakyReLU())
-    script.train_epoch_with_moves(model, ["reset"], data, experiment, None, rebuild=True)
-    by_hand = MLP(weights, LeakyReLU())
+    state = train("Adam", "rebuilt", tmp_path, epochs=1)
+    seeds = [54321 * (i + 1) for i in range(RUNS)]
+    by_hand = MLP([w[None] for w in init_weights(WIDTHS, seeds)], LeakyReLU())
     for k in range(script.TELEPORTS + 1):
         rows = slice(20 * k, 20 * k + 20 if k < script.TELEPORTS else None)
         if k < script.TELEPORTS:
             optimizer = experiment.optimizer(by_hand.parameters())
         train_epoch(by_hand, data.x_train[rows], data.y_train[rows], optimizer)
-    for w, expected in zip(model.weights, by_hand.weights):
-        torch.testing.assert_close(w, expected)
+    for m, expected in enumerate(by_hand.weights):
+        torch.testing.assert_close(torch.tensor(state[f"W{m}"]), expected.detach())
 
 
 def test_moves_are_measured_on_the_teleports_batch():
@@ -116,22 +119,95 @@ def test_reach_is_the_first_epoch_at_the_target():
     assert script.reach(loss, np.arange(3.0), np.zeros(3))["runs"] == 0
 
 
+def made_up(runs=4, epochs=6):
+    """Results whose statistics are known; arm i is i below plain after each epoch."""
+    arms, epoch = len(script.ARMS), np.arange(epochs)[:, None, None]
+    shape = (epochs, arms, runs)
+    test_loss = 10.0 - epoch - np.arange(arms)[:, None] + 0.1 * np.arange(runs)
+    moves = np.ones((script.TELEPORTS, arms, 4, runs))
+    moves[:, :, 2] = 1.25  # loss: + 0.25
+    moves[:, :, 3] = 3.0  # |∇L|²: three times
+    return {
+        "train_loss": np.broadcast_to(test_loss / 2, shape),
+        "test_loss": np.broadcast_to(test_loss, shape),
+        "moves": moves,
+        "move_seconds": np.arange(arms) * 1.5,
+        "seconds": np.broadcast_to(10.0 * (1 + epoch[..., 0]), (epochs, arms)),
+    }
+
+
+def test_the_table_says_what_made_up_results_say():
+    arms = script.summarise("MNIST_Adam", made_up())["arms"]
+    for i, arm in enumerate(script.ARMS):
+        entry = arms[arm]
+        assert list(entry["after_epoch"]) == [5, 6]
+        for epoch, at in entry["after_epoch"].items():
+            assert at["test_loss"] == pytest.approx(10 - (epoch - 1) - i + 0.15)
+            for reference in ("plain", "reset"):
+                gap = script.ARMS.index(reference) - i
+                expected = {"mean": gap, "low": gap, "high": gap}
+                assert at[f"minus_{reference}"] == pytest.approx(expected)
+        # plain ends at 5; arm i is there i epochs earlier
+        reached = {"runs": 4, "epochs": 6 - i, "seconds": 10.0 * (6 - i)}
+        assert entry["reaches_plains_final_loss"] == reached
+        assert entry["seconds_of_moves"] == 1.5 * i
+        assert entry["moves_mean_change_of_loss"] == pytest.approx(0.25)
+        assert entry["moves_mean_growth_of_gradient_norm_squared"] == pytest.approx(3)
+    text = script.table({"MNIST_Adam": {"arms": arms}})
+    assert "| MNIST, Adam | kept | 5.1500 | -1.0000 [-1.0000, -1.0000] | +2.0000 [" in text
+    assert "| 4, 5.0, 50.0 | 1.50 |" in text
+
+
+def test_an_arms_time_is_its_share_of_training_and_its_own_moves(tmp_path, monkeypatch):
+    options = ["--sample", "--runs", "2", "--epochs", "4", "--optimizer", "AdaGrad"]
+    monkeypatch.setattr(sys, "argv", ["script", *options, "--output", str(tmp_path)])
+    args = script.parse_arguments()
+    moves = {"kept": [0.0, 3.0], "rebuilt": [4.0, 0.0, 5.0]}
+    for stack, arms in script.STACKS.items():
+        path, settings = script.log("AdaGrad", stack, args)
+        state = {curve: np.zeros((4, len(arms), 2)) for curve in script.CURVES}
+        state |= {"moves": np.zeros((8, len(arms), 4, 2)), "move_seconds": moves[stack]}
+        seconds = np.array([5.0, 5.0, 5.0, 10.0]) * (1 if stack == "kept" else 2)
+        files.save(path, settings, state | {"seconds": seconds, "steps": 4})
+    _, results, _ = script.collect("MNIST_AdaGrad", args)
+    assert results["arms"] == ["plain", "kept", "teleport", "reset", "random"]
+    # 15, 15, 15 and 30 s for five arms; AdaGrad's teleports are in the third epoch
+    training = np.array([3.0, 6.0, 9.0, 15.0])[:, None]
+    own = np.array([0.0, 3.0, 4.0, 0.0, 5.0])
+    expected = training + np.array([0, 0, 1, 1])[:, None] * own
+    np.testing.assert_allclose(results["seconds"], expected)
+
+
+def test_curves_are_drawn_against_epochs_and_seconds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script.plots, "save_figure", lambda figure, path: drawn.append(figure))
+    results = made_up()
+    for against, unit in (("epoch", 1), ("time", 10)):
+        script.draw_losses(results, against, "title", tmp_path)
+        lines = drawn[-1].axes[0].lines
+        assert [line.get_linestyle() for line in lines] == ["--", "-", "--", "-"]
+        for line, i, scale in zip(lines, (0, 0, 2, 2), (0.5, 1, 0.5, 1)):
+            np.testing.assert_allclose(line.get_xdata(), unit * np.arange(1, 7))
+            np.testing.assert_allclose(line.get_ydata(), scale * (10.15 - np.arange(6) - i))
+
+
 def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     options = ["--sample", "--runs", "2", "--epochs", "3", "--optimizer", "RMSprop"]
     done = call(script, *options, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    figures = tmp_path / "figures/sample/optimization"
+    figures = tmp_path / "figures/sample/optimization-2runs-3epochs"
     names = ["loss_vs_epoch", "loss_vs_time", "arms", "teleports"]
     expected = {f"MNIST_RMSprop_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
-    expected |= {"MNIST_summary.json", "MNIST_table.md"}
+    expected |= {"MNIST_RMSprop.npz", "summary.json", "table.md"}
     assert {path.name for path in figures.iterdir()} == expected
-    summary = json.loads((figures / "MNIST_summary.json").read_text())
-    assert summary["optimizers"].keys() == {"RMSprop"}
-    plain = summary["optimizers"]["RMSprop"]["plain"]
+    summary = json.loads((figures / "summary.json").read_text("utf-8"))
+    assert summary.keys() == {"MNIST_RMSprop"}
+    plain = summary["MNIST_RMSprop"]["arms"]["plain"]
     assert plain["after_epoch"]["3"]["minus_plain"] == {"mean": 0, "low": 0, "high": 0}
-    assert (figures / "MNIST_table.md").read_text() in done.stdout
-    monkeypatch.setattr(script, "save_figure", lambda *_: None)
+    assert (figures / "table.md").read_text("utf-8") in done.stdout
+    monkeypatch.setattr(script.plots, "save_figure", lambda *_: None)
+    shutil.rmtree(tmp_path / "logs")
     again = call(script, *options, "--plot-only", "--output", tmp_path)
     assert again.stdout == done.stdout
     other = call(script, *options, "--plot-only", "--epochs", "9")
-    assert other.returncode == 2 and "run without --plot-only first" in other.stderr
+    assert other.returncode == 2 and "start this without --plot-only" in other.stderr

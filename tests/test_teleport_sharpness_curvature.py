@@ -1,6 +1,7 @@
 """teleport_sharpness_curvature.py: its arms, its measurements, and the script on the sample."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
-from init_directory import UserError
+from experiment import files
+from experiment.files import UserError
 from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
 from teleportation import act, curvature_along
 
@@ -33,9 +35,9 @@ def short(monkeypatch):
 @pytest.fixture(scope="module")
 def trained():
     """Two networks after 12 epochs on the sample, as [arms, runs, d_{m+1}, d_m]."""
-    data, weights = load_sample("MNIST"), init_weights(MNIST.widths, [1, 2])
+    data, weights = load_sample("MNIST"), init_weights(MNIST.training.widths, [1, 2])
     for _ in range(12):
-        train_epoch_sgd(weights, data.x_train, data.y_train, MNIST.lr, LeakyReLU())
+        train_epoch_sgd(weights, data.x_train, data.y_train, MNIST.training.lr, LeakyReLU())
     return [w.repeat(len(script.ARMS), 1, 1, 1) for w in weights]
 
 
@@ -68,40 +70,42 @@ def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(short, tmp_path
     # with more images than hidden units the refit is the identity but for rounding
     np.testing.assert_allclose(loss["refit"], loss["plain"], rtol=1e-3)
 
-    data, weights = load_sample("MNIST"), init_weights(MNIST.widths, [54321, 2 * 54321])
+    data, weights = load_sample("MNIST"), init_weights(MNIST.training.widths, [54321, 2 * 54321])
     for epoch in range(15):
-        expected = train_epoch_sgd(weights, data.x_train, data.y_train, MNIST.lr, LeakyReLU())
+        expected = train_epoch_sgd(
+            weights, data.x_train, data.y_train, MNIST.training.lr, LeakyReLU()
+        )
         np.testing.assert_allclose(state["train_loss"][epoch, 0], expected, rtol=1e-4)
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypatch):
-    whole, original = train(tmp_path / "whole.npz"), script.save
+    whole, original = train(tmp_path / "whole.npz"), files.save
     for stop in (11, 14):  # before the teleports and after them
         saves = []
 
-        def save(*arguments, stop=stop, saves=saves, **arrays):
-            original(*arguments, **arrays)
+        def save(*arguments, stop=stop, saves=saves):
+            original(*arguments)
             saves.append(1)
             if len(saves) == stop:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(script, "save", save)
+        monkeypatch.setattr(files, "save", save)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / f"cut{stop}.npz")
-        monkeypatch.setattr(script, "save", original)
+        monkeypatch.setattr(files, "save", original)
         resumed = train(tmp_path / f"cut{stop}.npz")
         assert resumed.keys() == whole.keys()
-        for key in whole.keys() - {"seconds", "move_seconds"}:
+        for key in whole.keys() - {"seconds"}:
             np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
 
 
 def test_a_move_is_what_the_log_says(short, trained):
     data = load_sample("MNIST")
     start, weights = [w[0] for w in trained], [w.clone() for w in trained]
-    moves, seconds = script.move(weights, data, MNIST, 0, NONE)
-    assert moves.shape == (len(script.ARMS), 2, 2, 3, 2) and seconds.shape == (2,)
-    d = MNIST.widths[2]
-    M = torch.rand(d, d, generator=torch.Generator().manual_seed(script.SEED))
+    moves = script.move(weights, data, MNIST, 0, NONE)
+    assert moves.shape == (len(script.ARMS), 2, 2, 3, 2)
+    d = MNIST.training.widths[2]
+    M = torch.rand(d, d, generator=torch.Generator().manual_seed(54321))
     for b, k in enumerate((0, script.MOVES)):
         x, y = shuffled_batch(data, script.TELEPORT_BATCH, k)
         for i, arm in enumerate(script.ARMS):
@@ -129,7 +133,7 @@ def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
     draw = script.random_group_elements
     monkeypatch.setattr(script, "act", record)
     monkeypatch.setattr(
-        script, "random_group_elements", lambda g, draws: given.append(g) or draw(g, draws)
+        script, "random_group_elements", lambda g, rng: given.append(g) or draw(g, rng)
     )
     script.move([w.clone() for w in trained], load_sample("MNIST"), MNIST, 0, NONE)
     refit, random, in_one_pair = lengths.values()
@@ -160,17 +164,17 @@ def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_pat
         np.testing.assert_array_equal(np.isnan(state[curve][12:]), np.tile(expected, (3, 1, 1)))
         assert not np.isnan(state[curve][:12]).any()
         np.testing.assert_allclose(state[curve][12:, ~expected], whole[curve][12:, ~expected], 1e-4)
-    summary = script.summarise(state)
+    summary = script.summarise("MNIST", state)["arms"]
     assert summary["curvature decrease"]["diverged"] == 1
     alone = state["test_loss"][12, arm, 0]
     assert summary["curvature decrease"]["after_epoch"][13]["test_loss"] == pytest.approx(alone)
-    assert "| curvature decrease (1 diverged): the loss rises | 13 |" in script.table(
-        "MNIST", summary
-    )
+    text = script.table({"MNIST": {"arms": summary}})
+    assert "| MNIST | curvature decrease (1 diverged): the loss rises | 13 |" in text
 
 
 def test_plain_sgd_that_diverges_ends_with_a_sentence(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(lr=1e3))
+    fast = MNIST._replace(training=MNIST.training._replace(lr=1e3))
+    monkeypatch.setattr(sys.modules[__name__], "MNIST", fast)
     with pytest.raises(UserError, match=r"MNIST, epoch 0: plain SGD's networks \[0, 1\] diverge"):
         train(tmp_path / "plain.npz")
 
@@ -198,31 +202,69 @@ def test_the_sample_ends_with_table_and_figures(short, tmp_path, call, monkeypat
     options = ["--sample", "--dataset", "MNIST", "--runs", "2", "--output", tmp_path]
     done = call(script, *options)
     assert done.returncode == 0, done.stderr
-    figures = tmp_path / "figures/sample/generalization"
+    figures = tmp_path / "figures/sample/generalization-2runs"
     names = ["sharpness", "curvature", "sharpness_and_curvature_along_training"]
     expected = {f"MNIST_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
     assert {path.name for path in figures.iterdir()} == expected | {
-        "MNIST_summary.json",
-        "MNIST_table.md",
+        "MNIST.npz",
+        "summary.json",
+        "table.md",
     }
-    arms = json.loads((figures / "MNIST_summary.json").read_text())["arms"]
+    arms = json.loads((figures / "summary.json").read_text("utf-8"))["MNIST"]["arms"]
     assert arms["plain"]["after_epoch"]["15"]["minus_plain"]["mean"] == 0
     after = {arm: arms[arm]["after_epoch"]["14"] for arm in ("sharpness decrease", "random")}
     difference = after["sharpness decrease"]["test_loss"] - after["random"]["test_loss"]
     assert after["sharpness decrease"]["minus_control"]["mean"] == pytest.approx(difference)
-    assert (figures / "MNIST_table.md").read_text("utf-8") in done.stdout
-    monkeypatch.setattr(script, "save_figure", lambda *_: None)
+    assert (figures / "table.md").read_text("utf-8") in done.stdout
+    monkeypatch.setattr(script.plots, "save_figure", lambda *_: None)
+    shutil.rmtree(tmp_path / "logs")
     assert call(script, *options, "--plot-only").stdout == done.stdout
     other = call(script, *options, "--plot-only", "--runs", "3")
-    assert other.returncode == 2 and "not finished: run without --plot-only first" in other.stderr
+    assert other.returncode == 2 and "start this without --plot-only" in other.stderr
 
 
 def test_the_samples_teleports_are_a_tenth(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "--sample"])
-    experiment, _, settings = script.place("CIFAR10", script.parse_arguments())
+    experiment, _, settings = script.log("CIFAR10", script.parse_arguments())
     published = script.EXPERIMENTS["CIFAR10"]
     assert experiment.directions == 10 and experiment.longest == pytest.approx(0.5)
-    assert settings["directions"] == 10 and settings["teleports"] == experiment.teleports
+    assert settings["experiment"] == experiment
     for arm, teleports in experiment.teleports.items():
         assert teleports.lr == pytest.approx(0.1 * published.teleports[arm].lr)
         assert teleports[:2] == published.teleports[arm][:2]
+
+
+def test_the_summary_says_what_made_up_results_say():
+    """Arm i is i above plain; each move raises loss, φ and κ by 1, 2, 3, on fresh batches half."""
+    arms, runs = len(script.ARMS), 3
+    loss = 10 + np.arange(arms)[:, None] + 0.1 * np.arange(runs)
+    moves = np.zeros((script.MOVES, arms, 2, 2, 3, runs))
+    moves[:, :, :, 0] = 5
+    for batch, share in enumerate((1, 0.5)):
+        moves[:, :, batch, 1] = 5 + share * np.array([1, 2, 3])[:, None]
+    results = {
+        "test_loss": np.broadcast_to(loss, (40, arms, runs)),
+        "moves": moves,
+        "diverged": np.zeros((arms, runs), bool),
+    }
+    summary = script.summarise("MNIST", results)["arms"]
+    for i, arm in enumerate(script.ARMS):
+        at = summary[arm]["after_epoch"][25]
+        assert at["test_loss"] == pytest.approx(10.1 + i)
+        assert at["minus_plain"]["mean"] == pytest.approx(i)
+        for rise, quantity in zip((1, 2, 3), script.QUANTITIES):
+            assert summary[arm]["moves"][quantity] == {
+                "before_the_first": 5,
+                "total_change_on_their_batches": pytest.approx(10 * rise),
+                "total_change_on_fresh_batches": pytest.approx(5 * rise),
+            }
+    at = {arm: summary[arm]["after_epoch"][40] for arm in script.CLAIMS}
+    # sharpness decrease is 1 above plain and 4 below its control, random
+    assert at["sharpness decrease"]["minus_control"]["mean"] == pytest.approx(-4)
+    assert at["sharpness decrease"]["verdicts"] == ["does not hold"] * 2
+    assert at["sharpness increase"]["verdicts"] == ["holds"]
+    assert at["curvature decrease"]["verdicts"] == ["holds"]
+    assert at["curvature increase"]["verdicts"] == ["opposite", "holds"]
+    text = script.table({"MNIST": {"arms": summary}})
+    row = "| MNIST | sharpness decrease: the loss changes little | 21 | 11.1000 | +1.0000 [+1.0000"
+    assert row in text and "| MNIST | refit | 40 | 17.1000 |" in text

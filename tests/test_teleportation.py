@@ -332,14 +332,13 @@ def test_a_run_above_the_cap_stays_and_the_others_go_on(case, activation):
 
 
 def test_estimates_are_those_of_each_network_on_the_whole_inputs(activation):
-    """The reduction to the batch's span and the sharing of draws change no number."""
+    """The reduction to the batch's span changes no number."""
     widths, radii = (300, 8, 6, 10), [0.5, 2.0, 8.0]
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(300, 40, generator=generator, dtype=torch.float64)
     y = torch.randint(10, (40,), generator=generator)
     weights = [w.double() for w in init_weights(widths, [1, 2, 3])]
-    stacks = [[w[:2] for w in weights], [w[2:] for w in weights]]
-    phi, psi = estimate(stacks, x, y, radii, 4, activation)
+    phi, psi = estimate(weights, x, y, radii, 4, activation)
     M = random_generators(widths, torch.Generator().manual_seed(4 * 12345))
     d = random_directions(widths, radii, torch.Generator().manual_seed(4 * 12345 + 1))
     M, d = [m.double() for m in M], [direction.double() for direction in d]

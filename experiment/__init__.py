@@ -1,0 +1,1 @@
+"""What every script shares: files, launch, statistics, plots. It knows nothing of networks."""

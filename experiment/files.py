@@ -1,0 +1,222 @@
+"""Results on disk: whole files, with their settings and the code that made them.
+
+A result is an .npz file of arrays. Its entry "about" is JSON: the settings that made it, and the
+code, the libraries and the processor (`made_with`). It is written to a temporary name and then
+renamed, so a file under its own name is complete. Nothing here is a pickle.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UserError(Exception):
+    """Something the user can mend. `launch.run` shows it as one sentence, without a traceback."""
+
+
+class Result(NamedTuple):
+    """What `save` wrote to a file."""
+
+    arrays: dict
+    settings: dict
+    made_with: dict
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb"):
+    """Open `path` for writing so that it appears whole or not at all; makes its folder."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # the user knows this name
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+            for other in path.parent.glob(f"{path.name}.*.part"):
+                if time.time() - other.stat().st_mtime > 3600:  # its process was killed
+                    other.unlink()
+
+
+def save_text(path, text):
+    """Write a text file whole."""
+    with whole_file(path, "w") as file:
+        file.write(text)
+
+
+def save_json(path, content):
+    """Write dicts, lists, arrays and numbers as JSON; numbers that are not finite become null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {str(key): plain(entry) for key, entry in value.items()}
+        if isinstance(value, np.ndarray | np.generic):
+            return plain(value.tolist())
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    save_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")
+
+
+def as_arrays(values):
+    """Return a dict of numbers, arrays and tensors on any device as one of NumPy's arrays."""
+    return {
+        key: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        for key, value in values.items()
+    }
+
+
+def save(path, settings, arrays, provenance=None):
+    """Write arrays (or tensors) and the settings that made them to the .npz file `path`.
+
+    provenance: the `made_with` of what they were computed from, if that was other code.
+    """
+    about = {"settings": settings, "made_with": provenance or made_with()}
+    with whole_file(path) as file:
+        np.savez(file, about=json.dumps(about), **as_arrays(arrays))
+
+
+def read(path):
+    """Return the Result in the .npz file `path`, or None where there is none.
+
+    A damaged file is named on stderr and counts as missing, so that it is made again.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    content = path.read_bytes()  # an error of the disk is not a damaged file
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+        about = json.loads(str(arrays.pop("about")))
+        return Result(arrays, dict(about["settings"]), about["made_with"])
+    except Exception:  # zipfile and numpy raise many kinds
+        print(f"{path} is damaged and counts as missing.", file=sys.stderr)
+        return None
+
+
+def load(path, settings):
+    """Return the arrays in the .npz file `path` as a dict, or None as `read` does.
+
+    Raises UserError if the file was made with other settings. `device` is recorded but not
+    compared, so that what a GPU computed can be used anywhere. A file made by other code is used,
+    with a warning.
+    """
+    result = read(path)
+    if result is None:
+        return None
+    found, wanted = result.settings, json.loads(json.dumps(settings))
+    differing = sorted(
+        key
+        for key in (found.keys() | wanted.keys()) - {"device"}
+        if found.get(key) != wanted.get(key)
+    )
+    if differing:
+        raise UserError(
+            f"{path} was made with other settings ({', '.join(differing)}): "
+            "move it away, or choose another --output."
+        )
+    if result.made_with.get("code") != code_version()[0]:
+        warn_once(f"{path.parent} has results of another version of the code, and they are used.")
+    return result.arrays
+
+
+def load_steps(path, settings, steps):
+    """Return what `resume` saved after `steps` steps or more. Raises UserError before that."""
+    state = load(path, settings)
+    if state is None or state["steps"] < steps:
+        raise UserError(f"{path} is missing or not finished: start the same command again.")
+    return state
+
+
+def resume(path, settings, start, step, steps, bar, every=1):
+    """Do a run of `steps` steps, from where the file `path` has it; return its final state.
+
+    start() returns the state before the first step, and step(state) the state after one more: dicts
+    of arrays, in which `steps` is how many were done. The state is all that a step may depend on,
+    so an interrupted run ends with the same numbers. It is saved after `every` so many steps and in
+    the end. bar: a progress bar, updated by each step.
+    """
+    state = load(path, settings)
+    if state is None:
+        state = as_arrays(start()) | {"steps": 0}
+    first = int(state["steps"])
+    bar.update(min(first, steps))
+    for done in range(first + 1, steps + 1):
+        state = as_arrays(step(state)) | {"steps": done}
+        if done % every == 0 or done == steps:
+            save(path, settings, state)
+        bar.update()
+    return state
+
+
+def appended(state, **rows):
+    """Return a state with one row more in each array named; where there is none it is the first."""
+    rows = {key: row[None] for key, row in as_arrays(rows).items()}
+    return state | {
+        key: np.concatenate([state[key], row]) if key in state else row for key, row in rows.items()
+    }
+
+
+@functools.cache  # once is enough
+def warn_once(sentence):
+    """Print a sentence to stderr, in the main process of rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0 and not multiprocessing.parent_process():
+        print(sentence, file=sys.stderr)
+
+
+@functools.cache
+def code_version():
+    """Return a hash of all scripts and the commit: (code, commit or None).
+
+    A change of other files leaves the hash as it is.
+    """
+    scripts = [
+        path
+        for folder in (".", "experiment", "learn-to-teleport")
+        for path in sorted((ROOT / folder).glob("*.py"))
+    ]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in scripts)).hexdigest()[:12]
+    command = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
+    return code, commit or None
+
+
+def made_with():
+    """Return what a result depends on beside its settings: code, libraries, processor, date."""
+    torch, (code, commit) = sys.modules.get("torch"), code_version()
+    return {
+        "code": code,
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "torch": torch and torch.__version__,
+        "cpu": torch and torch.backends.cpu.get_cpu_capability(),
+        "threads": torch and torch.get_num_threads(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,184 @@
+"""How a script runs: its options, its ranks, the order of its work, its errors.
+
+Under torchrun each rank computes its share of the files in logs/, and rank 0 reports on all.
+"""
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+from . import files
+from .files import ROOT, UserError
+
+
+def rank_and_world():
+    """Return this process's rank and how many there are: 0 and 1, but under torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share_of_rank(units):
+    """Return every so many-th of a list of units of work, which is the same in all ranks."""
+    rank, world = rank_and_world()
+    return units[rank::world]
+
+
+def wait_for_ranks():
+    """Wait until all ranks are here. Raises UserError if another one has ended before."""
+    if rank_and_world()[1] == 1:
+        return
+    from torch import distributed
+
+    try:
+        work = distributed.barrier(async_op=True)
+        while not work.is_completed():  # work.wait() would not let Ctrl-C through
+            time.sleep(0.05)
+        work.wait()
+    except RuntimeError:
+        raise UserError("another rank has ended before its work was done.") from None
+
+
+def progress_bar(total, unit, desc=None):
+    """Return a tqdm progress bar over `total` units, which only rank 0 shows."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, desc=desc, disable=rank_and_world()[0] > 0, mininterval=0.5)
+
+
+def at_least(least):
+    """Return an argparse type: a whole number that is no less than `least`."""
+
+    def whole_number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return whole_number
+
+
+def device(text):
+    """An argparse type: a torch.device on which a tensor can be made here.
+
+    cuda is the rank's own GPU of its machine.
+    """
+    import torch  # only where it is needed: a script without networks starts in half the time
+
+    if text == "cuda":
+        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        probe = torch.zeros(1, device=text)
+        probe.cpu()
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here; try cpu") from None
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show an option's default where it says something: not of flags, and not None."""
+
+    def _get_help_string(self, action):
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
+def experiment_parser(doc, on_datasets=True):
+    """Return a parser with the options that all experiments have; doc: the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("--plot-only", action="store_true", help="redraw figures and tables from saved results")
+    add("--output", type=Path, default=ROOT, help="folder for logs/ and figures/")
+    if on_datasets:
+        add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
+        add("--device", type=device, default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
+        add(
+            "--data",
+            type=Path,
+            default=ROOT / "data",
+            help="folder of the datasets, which are fetched where they are missing",
+        )
+    return parser
+
+
+def figures_folder(args, name, defaults):
+    """Return figures/`name`, named further after the options that are not at their defaults.
+
+    defaults: {option: value}. So a run with other settings doesn't replace what ships here, and
+    all parts that are in a folder were made with the same. The sample's are in figures/sample/.
+    """
+    for option, default in defaults.items():
+        chosen = vars(args)[option]
+        if chosen != default:
+            name += f"-{option}" if chosen is True else f"-{chosen}{option}"
+    return args.output / "figures" / ("sample" if args.sample else "") / name
+
+
+def compute_and_report(args, folder, parts, asked, compute, collect, summarise, table, draw):
+    """Do a script's work on the parts `asked` for: datasets, or optimizers on them.
+
+    compute(args), in each rank, makes what logs/ lacks; None where that takes seconds. Then rank 0
+    saves results, `folder`/<part>.npz: collect(part, args) returns their settings, their arrays and
+    the log that they come from, or None. All else is made of these files, as --plot-only does:
+    summarise(part, arrays) returns a dict for summary.json; table(summaries), in Markdown, of all
+    `parts` that have results, goes to table.md and is printed; draw(part, arrays, summary, folder)
+    draws those asked for. Raises UserError where one of these is missing.
+    """
+    if compute and not args.plot_only:
+        compute(args)
+        wait_for_ranks()
+    if rank_and_world()[0] > 0:
+        return
+    for part in [] if args.plot_only else asked:
+        settings, arrays, log = collect(part, args)
+        files.save(folder / f"{part}.npz", settings, arrays, log and files.read(log).made_with)
+    results = {part: files.read(folder / f"{part}.npz") for part in parts}
+    for part in asked:
+        if results[part] is None:
+            raise UserError(f"{folder / part}.npz is missing: start this without --plot-only.")
+    results = {part: result for part, result in results.items() if result}
+    summaries = {
+        part: {"settings": result.settings, "made_with": result.made_with}
+        | summarise(part, result.arrays)
+        for part, result in results.items()
+    }
+    for part in asked:
+        draw(part, results[part].arrays, summaries[part], folder)
+    files.save_json(folder / "summary.json", summaries)
+    files.save_text(folder / "table.md", table(summaries))
+    print(f"\n{table(summaries)}\nResults, figures, summary.json and table.md are in {folder}")
+
+
+def run(main):
+    """Call a script's `main`; a problem that the user can mend ends it with a sentence, status 2.
+
+    An interrupt (Ctrl-C) ends it with status 130. Under torchrun the ranks are connected first.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason
+    files.code_version()  # now: the code may change while it runs
+    name = Path(sys.argv[0]).name
+    rank, world = rank_and_world()
+    try:
+        if world > 1:
+            from torch import distributed
+
+            name += f": rank {rank}"
+            # gloo for GPUs, too: what ranks compute goes through files, and they only wait here
+            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        main()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {where}{error.strerror or error}.", file=sys.stderr)
+        print("Everything saved so far is complete: fix this, and start again.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,92 @@
+"""Figures as PDF and PNG, bands and differences in them, and tables in Markdown."""
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from .files import whole_file
+from .statistics import paired_difference
+
+# told apart by the colour-blind (Okabe and Ito)
+BLACK, ORANGE, SKY, GREEN, YELLOW = "black", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#808080"
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as `path`.pdf and `path`.png."""
+    for suffix in ("pdf", "png"):
+        with whole_file(f"{path}.{suffix}") as file:
+            # no date in the file: the same figure is the same bytes
+            metadata = {"CreationDate": None} if suffix == "pdf" else None
+            figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
+
+
+def plain_log_axis(axes, which):
+    """Make the axis `which`, x or y, logarithmic, with numbers like 0.2 at its ticks."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+def legend_beside(axes):
+    """Put a legend to the right of axes, where it covers nothing."""
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def plot_with_band(axes, x, mean, low, high, **style):
+    """Plot a line with a band around it; all are [len(x)]."""
+    (line,) = axes.plot(x, mean, **style)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def plot_mean(axes, x, values, **style):
+    """Plot the mean over runs of values: [len(x), runs], with a band of a standard deviation.
+
+    Those that are nan are left out.
+    """
+    mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
+    plot_with_band(axes, x, mean, mean - deviation, mean + deviation, **style)
+
+
+def plot_difference(axes, x, values, reference, **style):
+    """Plot the `paired_difference` of values and reference: [len(x), runs], with its interval."""
+    plot_with_band(axes, x, **paired_difference(values, reference), **style)
+
+
+def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
+    """Draw the losses of arms, training dashed, beside their paired test loss less the reference's.
+
+    arms: {label: (colour, training loss or None, test loss)}, with losses [epochs, runs];
+    reference: the test loss that is subtracted; controls: labels that are only in the right panel.
+    """
+    figure = Figure(figsize=(8.4, 3.4))
+    losses, differences = figure.subplots(1, 2)
+    for i, (label, (color, train_loss, test_loss)) in enumerate(arms.items()):
+        # markers, since colours alone are lost in grey
+        style = {"color": color, "marker": "osD^vPX*"[i], "ms": 4, "markevery": (i, 6)}
+        plot_difference(differences, epochs, test_loss, reference, label=label, **style)
+        if label not in controls:
+            plot_mean(losses, epochs, test_loss, **style)
+            if train_loss is not None:
+                plot_mean(losses, epochs, train_loss, color=color, ls="--")
+    losses.set(title=title, xlabel="epoch", ylabel="loss (dashed: training)")
+    plain_log_axis(losses, "y")
+    differences.set(title="test loss − plain's, 95 % interval", xlabel="epoch", xlim=xlim)
+    legend_beside(differences)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def markdown(header, rows):
+    """Return a table in Markdown; header: a list of cells, text; rows: lists of such."""
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (header, *rows)]
+    return "".join([lines[0], "|---" * len(header), "|\n", *lines[1:]])
+
+
+def interval_text(difference):
+    """Return one `paired_difference` as text; – where there are too few runs for an interval."""
+    if np.isnan(difference["low"]):
+        return "–"
+    return "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference)

@@ -1,0 +1,53 @@
+"""Intervals, paired differences and correlations, by scipy.stats. All intervals are of 95 %."""
+
+import warnings
+
+import numpy as np
+from scipy import stats
+
+
+def paired_difference(a, b):
+    """Return the mean of a − b over runs, a and b: [..., runs], with Student's paired interval.
+
+    Under `mean`, `low` and `high` are arrays [...]. Runs of which one is nan, since it diverged,
+    are left out; of fewer than two the interval is nan.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    with warnings.catch_warnings():  # of runs that are all the same, or too few
+        warnings.simplefilter("ignore")
+        test = stats.ttest_rel(a, b, axis=-1, nan_policy="omit")
+        low, high = test.confidence_interval(0.95)
+        return {"mean": np.nanmean(a - b, axis=-1), "low": low, "high": high}
+
+
+def losses_after(epochs, loss, references):
+    """Return {epoch: {test_loss: its mean over runs, minus_…: paired differences to references}}.
+
+    loss: [epochs, runs], after each epoch; references: {name: such losses}.
+    """
+    return {
+        epoch: {"test_loss": np.nanmean(loss[epoch - 1], dtype=float)}
+        | {
+            f"minus_{name}": paired_difference(loss[epoch - 1], other[epoch - 1])
+            for name, other in references.items()
+        }
+        for epoch in epochs
+    }
+
+
+def correlate(a, b):
+    """Return Pearson's r of a, b: [runs] with its interval and p-value, and Spearman's ρ and p."""
+    pearson, spearman = stats.pearsonr(a, b), stats.spearmanr(a, b)
+    return {
+        "pearson": pearson.statistic,
+        "interval": list(pearson.confidence_interval(0.95)),
+        "p": pearson.pvalue,
+        "spearman": spearman.statistic,
+        "spearman_p": spearman.pvalue,
+    }
+
+
+def partial_correlation(a, b, given):
+    """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed."""
+    (_, r_ab, r_ag), (_, _, r_bg), _ = np.corrcoef([a, b, given])
+    return (r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2))

@@ -1,0 +1,94 @@
+"""experiment/plots.py and experiment/statistics.py."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats
+
+from experiment import plots
+from experiment.plots import save_figure
+from experiment.statistics import correlate, losses_after, paired_difference, partial_correlation
+
+
+def test_a_figure_is_saved_as_pdf_and_png_and_is_the_same_bytes_again(tmp_path):
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    for name in ("one", "two"):
+        save_figure(figure, tmp_path / name)
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+    for suffix in ("pdf", "png"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (
+            tmp_path / f"two.{suffix}"
+        ).read_bytes()
+
+
+def test_paired_difference_is_students():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(2, 12))
+    found = paired_difference(a, b)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert found["mean"] == pytest.approx((a - b).mean())
+    assert [found["low"], found["high"]] == pytest.approx([expected.low, expected.high])
+    assert paired_difference(a, a) == {"mean": 0, "low": 0, "high": 0}
+    a[3] = np.nan
+    kept = np.arange(12) != 3
+    assert paired_difference(a, b) == paired_difference(a[kept], b[kept])
+    too_few = paired_difference(a[2:4], b[2:4])
+    assert too_few["mean"] == a[2] - b[2] and np.isnan([too_few["low"], too_few["high"]]).all()
+    assert plots.interval_text(too_few) == "–"
+    rows = paired_difference(np.stack([a, b]), np.stack([b, b]))  # leading dimensions are rows
+    assert rows["low"].tolist() == pytest.approx([paired_difference(a, b)["low"], 0])
+
+
+def test_correlations_are_scipys_with_their_interval():
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=50)
+    b = a + generator.normal(size=50)
+    found = correlate(a, b)
+    assert found["pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    # Fisher's z is normal with variance 1 / (n − 3)
+    z, width = np.arctanh(found["pearson"]), 1.959964 / np.sqrt(47)
+    assert found["interval"] == pytest.approx(np.tanh([z - width, z + width]), abs=1e-6)
+    ranks = [np.argsort(np.argsort(v)) for v in (a, b)]
+    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_partial_correlation_is_that_of_the_residuals():
+    generator = np.random.default_rng(1)
+    given = generator.normal(size=40)
+    a, b = generator.normal(size=(2, 40)) + given
+    residuals = []
+    for values in (a, b):
+        line = stats.linregress(given, values)
+        residuals.append(values - line.slope * given - line.intercept)
+    expected = np.corrcoef(*residuals)[0, 1]
+    assert partial_correlation(a, b, given) == pytest.approx(expected)
+
+
+def test_losses_after_epochs_are_means_with_differences_that_are_paired():
+    loss = np.array([[3.0, 5.0], [1.0, 4.0]])  # [epochs, runs]
+    found = losses_after((1, 2), loss, {"plain": loss + [[1, 1], [0, 2]]})
+    assert found[1]["test_loss"] == 4 and found[2]["test_loss"] == 2.5
+    assert found[1]["minus_plain"] == {"mean": -1, "low": -1, "high": -1}
+    assert found[2]["minus_plain"]["mean"] == -1 and found[2]["minus_plain"]["high"] > 0
+    assert plots.interval_text(found[1]["minus_plain"]) == "-1.0000 [-1.0000, -1.0000]"
+
+
+def test_panels_show_means_and_differences(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    test, epochs = np.array([[4.0, 6.0], [2.0, 4.0]]), np.array([1, 2])
+    arms = {
+        "plain": ("black", None, test),
+        "moved": ("C0", test / 2, test + 1),
+        "control": ("C1", None, test - 1),
+    }
+    plots.draw_arms(tmp_path / "a", "title", epochs, arms, test, controls=("control",))
+    losses, differences = drawn[0].axes
+    curves = [line.get_ydata().tolist() for line in losses.lines]
+    assert curves == [[5, 3], [6, 4], [2.5, 1.5]]  # plain, moved, and moved in training
+    assert [line.get_ydata().tolist() for line in differences.lines] == [[0, 0], [1, 1], [-1, -1]]
+
+
+def test_markdown():
+    assert plots.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"
