@@ -13,12 +13,13 @@ numbers. The results of each network are in figures/correlation/<dataset>.npz.
 import argparse
 import time
 
+from experiment import files, launch, plots, statistics
+
 import numpy as np
 from matplotlib.figure import Figure
 
 import models
 from data import TITLES, load_data, shuffled_batch
-from experiment import files, launch, plots, statistics
 from teleportation import RADII, estimate
 
 # Settings
@@ -153,6 +154,8 @@ def summarise(name, results):
         "test_accuracy_mean": results["test_accuracy"].mean(dtype=float),
         "training_seconds": results["training_seconds"].round(1),
         "sharpness_and_curvature": correlate(results["sharpness"], results["curvature"]),
+        "sharpness_and_train_loss": correlate(results["sharpness"], results["train_loss"]),
+        "train_loss": correlate(results["train_loss"], loss),
     }
     for quantity, other in others.items():
         summary[quantity] = correlate(results[quantity], loss) | {
@@ -164,19 +167,23 @@ def summarise(name, results):
 
 def table(summaries):
     """Return Table 1 as Markdown, beside the published numbers."""
+    r = "{pearson:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
     formats = {
-        "Pearson's r [95 % interval]": "{pearson:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]",
+        "Pearson's r [95 % interval]": r,
         "p-value": "{p:.2g}",
         "Pearson's r, published": "{published:.3f}",
         "Spearman's ρ": "{spearman:.3f}",
         "partial r, given the other": "{given_the_other:.3f}",
     }
-    header = ["correlation with the test loss", *(TITLES[name] for name in summaries)]
-    rows = [
-        [f"{quantity} {symbol}: {label}", *(f.format(**e[quantity]) for e in summaries.values())]
+    lines = [
+        (f"{quantity} {symbol}: {label}", quantity, f)
         for quantity, symbol in SYMBOLS.items()
         for label, f in formats.items()
     ]
+    lines += [("training loss: Pearson's r [95 % interval]", "train_loss", r)]
+    lines += [("training loss with φ: Pearson's r [95 % interval]", "sharpness_and_train_loss", r)]
+    rows = [[label, *(f.format(**e[key]) for e in summaries.values())] for label, key, f in lines]
+    header = ["correlation with the test loss", *(TITLES[name] for name in summaries)]
     made = next(iter(summaries.values()))["settings"]
     caption = "{runs} networks, {epochs} epochs, {batches} batches".format(**made)
     caption += f", directions on the {'sphere' if made['sphere'] else 'positive orthant'}"

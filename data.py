@@ -25,13 +25,13 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from experiment.files import ROOT, UserError, whole_file
+from experiment.launch import run
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-
-from experiment.files import ROOT, UserError, whole_file
-from experiment.launch import run
 
 DATA = ROOT / "data"
 SAMPLE = ROOT / "sample"

@@ -14,10 +14,10 @@ are 0.1 apart in x: `--polyline 0.1` draws that.
 import argparse
 import math
 
+from experiment import launch, plots
+
 import numpy as np
 from matplotlib.figure import Figure
-
-from experiment import launch, plots
 
 # Settings: lengths are in the unit of the plane
 PARABOLA_RADII = (2, 1, 0.5, 0.2, 0.1)

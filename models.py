@@ -6,6 +6,7 @@ function treats each index of them alone, so that a hundred networks train as on
 stack see the same mini-batches in the same order.
 """
 
+import warnings
 from itertools import pairwise, starmap
 from math import ceil
 from numbers import Integral
@@ -106,6 +107,47 @@ def optimizer_from_arrays(optimizer, arrays):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
+def check_batch(weights, x, y=None):
+    """Raise ValueError, in a sentence, where weights, x: [d_0, n] and y: [n] do not fit together.
+
+    That is about shapes, types, labels outside of the classes, and devices; not about values that
+    are not finite, of which results warn.
+    """
+    shapes = [list(w.shape) for w in weights]
+    for m, w in enumerate(weights):
+        if w.dim() < 2 or not w.is_floating_point():
+            raise ValueError(
+                f"W_{m} must be floating-point [..., out, in], not {w.dtype} {shapes[m]}"
+            )
+        if w.shape[:-2] != weights[0].shape[:-2] or (m and w.shape[-1] != weights[m - 1].shape[-2]):
+            raise ValueError(f"W_{m} {shapes[m]} does not fit W_{max(m - 1, 0)} {shapes[m - 1]}")
+    if x.dim() != 2 or len(x) != shapes[0][-1] or not x.shape[1]:
+        raise ValueError(
+            f"x must be [{shapes[0][-1]}, n] with n > 0 for W_0 {shapes[0]}, not {list(x.shape)}"
+        )
+    if any(w.dtype != x.dtype or w.device != x.device for w in weights):
+        types = ", ".join(f"{t.dtype} on {t.device}" for t in (*weights, x))
+        raise ValueError(f"weights and x must have one type and device, not {types}")
+    if y is None:
+        return
+    if y.shape != x.shape[1:] or y.dtype != torch.int64 or y.device != x.device:
+        raise ValueError(
+            f"y must be int64 [{x.shape[1]}] on {x.device} for x {list(x.shape)}, "
+            f"not {y.dtype} {list(y.shape)} on {y.device}"
+        )
+    classes = shapes[-1][-2]
+    if not y.is_meta and not 0 <= y.min() <= y.max() < classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, not {y.min()} to {y.max()}")
+
+
+def warn_if_not_finite(what, values):
+    """Warn where a result [...] is not finite, and name the runs; return the result."""
+    if not values.is_meta and not values.isfinite().all():
+        runs = (~values.isfinite()).nonzero().tolist()
+        warnings.warn(f"{what} is not finite for the runs {runs}", stacklevel=3)
+    return values
+
+
 def propagate(weights, z, activation):
     """Return the logits [..., classes, n] from the first layer's pre-activations z = W_0 X.
 
@@ -129,6 +171,7 @@ def cross_entropy_of_logits(logits, y):
 
 def cross_entropy(weights, x, y, activation):
     """Return the mean cross-entropy [...] of each run on x: [d_0, n], y: [n] int64."""
+    check_batch(weights, x, y)
     return cross_entropy_of_logits(forward(weights, x, activation), y)
 
 
@@ -204,6 +247,7 @@ def train_epoch(model, x, y, optimizer, batch_size=BATCH):
     Raises FloatingPointError where a loss is not finite.
     """
     weights = list(model.weights)
+    check_batch(weights, x.T, y)
     targets = one_hot(y, weights)
     losses = []
     for first in range(0, len(x), batch_size):
@@ -232,6 +276,7 @@ def train_epoch_sgd(weights, x, y, lr, activation, batch_size=BATCH, check=check
     −lr Σ_j δ_j (X_j^T X_k). The sums are the same, and the large products see many batches at once.
     The weights must be contiguous. check: called with the losses [steps, ...] in the end.
     """
+    check_batch(weights, x.T, y)
     first_layer = weights[0].view(-1, weights[0].shape[-1])
     targets = one_hot(y, weights)
     losses = []
@@ -263,6 +308,7 @@ def evaluate(weights, x, y, activation, chunk=1000):
 
     `chunk` bounds the memory: so many samples are in flight at once.
     """
+    check_batch(weights, x.T, y)
     loss = correct = 0
     for x_chunk, y_chunk in zip(x.split(chunk), y.split(chunk)):
         logits = forward(weights, x_chunk.T, activation)

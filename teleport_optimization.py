@@ -22,13 +22,14 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from experiment import files, launch, plots, statistics
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import models
 from data import TITLES, load_data, shuffled_batch
-from experiment import files, launch, plots, statistics
 from teleportation import act, loss_and_gradient_norm_squared, random_group_elements, teleport
 
 # Settings
@@ -59,6 +60,7 @@ DEFAULTS = {"runs": 20, "epochs": 40}  # published: 5 runs of the arms plain and
 # the arms of each stack: one keeps the optimizer's state, the other rebuilds it at every move
 STACKS = {"kept": ("plain", "kept"), "rebuilt": ("teleport", "reset", "random")}
 ARMS = [arm for arms in STACKS.values() for arm in arms]
+PAIRS = [(arm, "plain") for arm in ARMS[1:]] + [("teleport", "reset")]
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 EPOCHS_SHOWN = (5, 10, 40)  # in the table
 COLOURS = dict(zip(ARMS, (plots.BLACK, plots.GREEN, plots.BLUE, plots.ORANGE, plots.GREY)))
@@ -207,31 +209,30 @@ def reach(test_loss, seconds, target):
     return {
         "runs": len(epochs),
         "epochs": np.median(epochs),
-        "seconds": np.median(seconds[epochs - 1]).round(2),
+        "seconds": np.median(seconds[epochs - 1]).round(1),
     }
 
 
 def summarise(_, results):
-    """Return what summary.json says of an optimizer, for each arm.
+    """Return what summary.json says of an optimizer.
 
-    That is its mean test loss at the epochs EPOCHS_SHOWN with the paired differences to plain and
-    to reset over runs, when it reaches plain's final test loss, and the cost of its moves.
+    That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of the arms in
+    PAIRS, and for each arm when it reaches plain's final test loss, and what its moves do and cost.
     """
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
     epochs = sorted({min(epoch, len(loss["plain"])) for epoch in EPOCHS_SHOWN})
-    references = {arm: loss[arm] for arm in ("plain", "reset")}
-    summary = {}
+    arms = {}
     for i, arm in enumerate(ARMS):
         before_loss, before_norm, after_loss, after_norm = results["moves"][:, i].swapaxes(0, 1)
-        target, seconds = loss["plain"][-1], results["seconds"][:, i]
-        summary[arm] = {
-            "after_epoch": statistics.losses_after(epochs, loss[arm], references),
-            "reaches_plains_final_loss": reach(loss[arm], seconds, target),
-            "seconds_of_moves": results["move_seconds"][i].round(3),
-            "moves_mean_change_of_loss": (after_loss - before_loss).mean(),
-            "moves_mean_growth_of_gradient_norm_squared": (after_norm / before_norm).mean(),
+        arms[arm] = {
+            "reaches": reach(loss[arm], results["seconds"][:, i], loss["plain"][-1]),
+            "seconds_of_moves": results["move_seconds"][i],
+            "mean_change_of_loss": (after_loss - before_loss).mean(),
+            "mean_growth_of_gradient_norm_squared": (after_norm / before_norm).mean(),
         }
-    return {"arms": summary}
+    plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in epochs}
+    differences = statistics.compare_arms(loss, PAIRS, epochs)
+    return {"plain": plain, "differences": differences, "arms": arms}
 
 
 def title(part):
@@ -241,23 +242,19 @@ def title(part):
 
 
 def table(summaries):
-    """Return the test losses and their paired differences as Markdown."""
-    epochs = list(next(iter(summaries.values()))["arms"]["plain"]["after_epoch"])
-    header, rows = ["dataset, optimizer", "arm"], []
-    for epoch in epochs:
-        header += [f"test loss, epoch {epoch}", "− plain", "− reset"]
-    header += ["reaches plain's final loss: runs, epochs, s", "moves, s"]
+    """Return the test losses and their differences, and what the moves cost, as Markdown."""
+    tables, rows = [], []
     for part, summary in summaries.items():
+        tables.append(plots.difference_table(title(part), summary["plain"], summary["differences"]))
         for arm, entry in summary["arms"].items():
-            cells = [title(part), arm]
-            for at in entry["after_epoch"].values():
-                cells += [f"{at['test_loss']:.4f}"]
-                cells += [plots.interval_text(at[key]) for key in ("minus_plain", "minus_reset")]
-            reached = entry["reaches_plains_final_loss"]
-            cells += [f"{reached['runs']}, {reached['epochs']}, {reached['seconds']}"]
-            cells += [f"{entry['seconds_of_moves']:.2f}"]
-            rows.append(cells)
-    return plots.markdown(header, rows)
+            reached = [str(value) for value in entry["reaches"].values()]
+            growth = f"{100 * (entry['mean_growth_of_gradient_norm_squared'] - 1):+.1f} %"
+            change = f"{1e3 * entry['mean_change_of_loss']:+.2f}"
+            moves = [f"{entry['seconds_of_moves']:.2f}", change, growth]
+            rows.append([title(part), arm, *reached, *(cell.replace("-", "−") for cell in moves)])
+    header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s"]
+    header += ["all moves, s", "change of loss in a move, 10⁻³", "growth of the gradient norm²"]
+    return "\n".join([*tables, plots.markdown(header, rows)])
 
 
 # Figures

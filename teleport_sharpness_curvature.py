@@ -24,13 +24,14 @@ import math
 import time
 from typing import NamedTuple
 
+from experiment import files, launch, plots, statistics
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import models
 from data import TITLES, load_data, shuffled_batch
-from experiment import files, launch, plots, statistics
 from teleportation import (
     RADII,
     act,
@@ -116,7 +117,6 @@ CLAIMS = {  # of the paper: how the test loss changes
     "curvature increase": "falls",
 }
 LITTLE = 0.01  # of plain's final test loss
-CLAIMED = {arm: f": the loss {claim}" for arm, claim in CLAIMS.items()}
 CONTROLS = {"sharpness decrease": "random", "curvature increase": "random in one pair"}
 ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
 COLOURS = [plots.BLACK, plots.BLUE, plots.RED, plots.PURPLE, plots.GREEN, plots.GREY, plots.SKY]
@@ -331,33 +331,33 @@ def verdict(claim, difference, little):
 
 
 def summarise(_, results):
-    """Return what summary.json says of a dataset, for each arm: its test loss, moves, verdicts."""
+    """Return what summary.json says of a dataset.
+
+    That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of arms to
+    plain and to their control with the verdicts on the CLAIMS, how many networks of each arm
+    diverged, and how its moves changed loss, φ and κ in all.
+    """
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
-    little = LITTLE * loss["plain"][-1].mean()
-    summary = {}
+    plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in EPOCHS_SHOWN}
+    pairs = [(arm, "plain") for arm in ARMS[1:]] + list(CONTROLS.items())
+    differences = statistics.compare_arms(loss, pairs, EPOCHS_SHOWN)
+    for (arm, _), after in zip(pairs, differences.values()):
+        for difference in after.values() if arm in CLAIMS else ():
+            little = LITTLE * plain[EPOCHS_SHOWN[-1]]
+            difference["verdict"] = verdict(CLAIMS[arm], difference, little)
+    moves = {}
     for i, arm in enumerate(ARMS):
         change = results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
         own, fresh = np.nanmean(change, -1).sum(0)  # [3] each
         first = np.nanmean(results["moves"][0, i, 0, 0], -1)
-        references = {"plain": loss["plain"]}
-        if arm in CONTROLS:
-            references["control"] = loss[CONTROLS[arm]]
-        after = statistics.losses_after(EPOCHS_SHOWN, loss[arm], references)
-        summary[arm] = {
-            "diverged": results["diverged"][i].sum(),
-            "after_epoch": after,
-            "moves": {
-                quantity: {
-                    "before_the_first": first[q],
-                    "total_change_on_their_batches": own[q],
-                    "total_change_on_fresh_batches": fresh[q],
-                }
-                for q, quantity in enumerate(QUANTITIES)
-            },
-        }
-        for at in after.values() if arm in CLAIMS else ():
-            at["verdicts"] = [verdict(CLAIMS[arm], at[f"minus_{k}"], little) for k in references]
-    return {"arms": summary}
+        quantities = (
+            ("before", first),
+            ("change_on_their_batches", own),
+            ("on_fresh_batches", fresh),
+        )
+        moves[arm] = {key: dict(zip(QUANTITIES, values)) for key, values in quantities}
+    diverged = dict(zip(ARMS, results["diverged"].sum(1)))
+    return {"plain": plain, "differences": differences, "diverged": diverged, "moves": moves}
 
 
 def label(arm, diverged):
@@ -366,19 +366,23 @@ def label(arm, diverged):
 
 
 def table(summaries):
-    """Return the test losses of all arms and the verdicts on the claims as Markdown."""
-    header = ["dataset", "arm: claim", "epoch", "test loss", "− plain", "verdict"]
-    rows = []
+    """Return the test losses, verdicts on the claims, and what the moves changed, as Markdown."""
+    tables, rows = [], []
     for name, summary in summaries.items():
-        for arm, entry in summary["arms"].items():
-            claim = f"{label(arm, entry['diverged'])}{CLAIMED.get(arm, '')}"
-            for epoch, at in entry["after_epoch"].items():
-                difference = plots.interval_text(at["minus_plain"])
-                cells = [TITLES[name], claim, str(epoch), f"{at['test_loss']:.4f}", difference]
-                verdicts = at.get("verdicts", ["–"])
-                control = plots.interval_text(at["minus_control"]) if arm in CONTROLS else "–"
-                rows.append([*cells, verdicts[0], control, (*verdicts, "–")[1]])
-    return plots.markdown([*header, "− control", "verdict"], rows)
+        differences = {}
+        for pair, after in summary["differences"].items():
+            arm, other = pair.split(" − ")
+            claim = f" (claim: {CLAIMS[arm]})" if arm in CLAIMS else ""
+            differences[f"{label(arm, summary['diverged'][arm])} − {other}{claim}"] = after
+        tables.append(plots.difference_table(TITLES[name], summary["plain"], differences))
+        for arm, moves in list(summary["moves"].items())[1:]:
+            cells = [
+                f"{v:.3g}".replace("-", "−") for entry in moves.values() for v in entry.values()
+            ]
+            rows.append([f"{TITLES[name]}, {arm}", *cells])
+    header = ["all moves of an arm", *(f"{q} before" for q in QUANTITIES)]
+    header += [f"change of {q}, {where}" for where in ("own batch", "fresh") for q in QUANTITIES]
+    return "\n".join([*tables, plots.markdown(header, rows)])
 
 
 # Figures

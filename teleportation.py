@@ -11,7 +11,15 @@ from math import comb
 import numpy as np
 import torch
 
-from models import backpropagate, cross_entropy, cross_entropy_of_logits, one_hot, propagate
+from models import (
+    backpropagate,
+    check_batch,
+    cross_entropy,
+    cross_entropy_of_logits,
+    one_hot,
+    propagate,
+    warn_if_not_finite,
+)
 
 INF = float("inf")
 CHUNK = 400_000  # first-layer activations of perturbed networks in flight at once: fits the cache
@@ -88,6 +96,7 @@ def act(weights, x, group_elements, activation):
     group_elements: g_m: [..., d_{m+1}, d_{m+1}] for each pair. The hidden input of a pair is that
     of the network as transformed so far. x: [d_0, n].
     """
+    check_batch(weights, x)
     weights, h = list(weights), x
     for m, g in enumerate(group_elements):
         V, U = weights[m : m + 2]
@@ -106,7 +115,9 @@ def loss_and_gradient_norm_squared(weights, x, y, activation):
 
 def gradient_norm_squared(weights, x, y, activation):
     """Return |∇L|² [...] of each run, over all weights; x: [d_0, n], y: [n]."""
-    return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
+    check_batch(weights, x, y)
+    norm = loss_and_gradient_norm_squared(weights, x, y, activation)[1]
+    return warn_if_not_finite("|∇L|²", norm)
 
 
 def pull_back(gradient, weights, x, activation):
@@ -160,6 +171,7 @@ def ascend(objective, weights, x, lr, steps, activation, stop=INF, longest=INF):
             weights = act(weights, x, elements, activation)
             total = [g @ before for g, before in zip(elements, total)]
     losses, values = (torch.stack(column) for column in zip(*path))
+    warn_if_not_finite("a teleport's loss or objective", losses[-1] + values[-1])
     path = {"loss": losses, "objective": values, "group_elements": total}
     return weights, path
 
@@ -172,6 +184,7 @@ def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False)
     every run of a stack moves alone. Returns the new weights and, with return_path, the path that
     `ascend` describes; its objective is |∇L|².
     """
+    check_batch(weights, x, y)
     # x meets the first layer through its span alone, with X = QR: n inputs are left of d_0
     first_layer = weights[0]
     q, x = torch.linalg.qr(x)
@@ -238,6 +251,15 @@ def perturbed(weights, z, x, directions):
         yield upper, z + dz[..., ks, :, :]
 
 
+def check_like(weights, directions):
+    """Raise ValueError where directions are not like the weights with one more dimension."""
+    expected, found = ([list(t.shape) for t in tensors] for tensors in (weights, directions))
+    if [shape[-2:] for shape in expected] != [shape[-2:] for shape in found if len(shape) > 2]:
+        raise ValueError(
+            f"directions must be [..., K, out, in] for the weights {expected}, not {found}"
+        )
+
+
 def sharpness(weights, x, y, directions, activation):
     """Return φ (Eq. 4): the mean over k of the loss at w + d_k, [...] for each run.
 
@@ -245,10 +267,12 @@ def sharpness(weights, x, y, directions, activation):
     [..., K, d_{m+1}, d_m], whose leading dimensions broadcast against the runs'. Directions
     without any are shared by all runs, and their products with x are then computed once.
     """
+    check_batch(weights, x, y)
+    check_like(weights, directions)
     total = 0
     for upper, z in perturbed(weights, weights[0] @ x, x, directions):
         total = total + cross_entropy_of_logits(propagate(upper, z, activation), y).sum(-1)
-    return total / directions[0].shape[-3]
+    return warn_if_not_finite("φ", total / directions[0].shape[-3])
 
 
 def curve_derivatives(weights, x, generators, activation):
@@ -259,6 +283,8 @@ def curve_derivatives(weights, x, generators, activation):
     generators: M[m]: [..., d_{m+1}, d_{m+1}], one for each pair of layers. The pseudoinverse of x
     is computed once for all runs.
     """
+    check_batch(weights, x)
+    check_square(weights, dict(enumerate(generators)), len(weights) - 1)
     first = [torch.zeros_like(w) for w in weights]
     second = [torch.zeros_like(w) for w in weights]
     h = x
@@ -274,6 +300,22 @@ def curve_derivatives(weights, x, generators, activation):
         second[m + 1] = second[m + 1] + U @ M2
         h = h_next
     return first, second
+
+
+def check_square(weights, generators, number=1):
+    """Raise ValueError where a generator {m: M_m} is not [..., d, d] for the pair m's d units."""
+    if len(generators) != number:
+        raise ValueError(
+            f"there must be {number} generators, one for each pair, not {len(generators)}"
+        )
+    for m, M in generators.items():
+        if not 0 <= m < len(weights) - 1:
+            raise ValueError(f"there is no pair {m} of layers: there are {len(weights) - 1}")
+        d = weights[m].shape[-2]
+        if list(M.shape[-2:]) != [d, d]:
+            raise ValueError(
+                f"the generator of pair {m} must be [..., {d}, {d}], not {list(M.shape)}"
+            )
 
 
 def inner_product(a, b):
@@ -299,6 +341,8 @@ def curvature_along(weights, x, generator, layer, activation):
     [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
     (n >= d); raises ValueError where n < d.
     """
+    check_batch(weights, x)
+    check_square(weights, {layer: generator})
     h = x
     for w in weights[:layer]:
         h = activation(w @ h)
@@ -374,6 +418,7 @@ def teleport_sharpness(
     |T_m|_F > longest. Returns the new weights and, with return_path, the path that `ascend`
     describes; its objective is φ.
     """
+    check_batch(weights, x, y)
     widths = [len(x), *(w.shape[-2] for w in weights)]
     rng = torch.Generator().manual_seed(seed)
 
@@ -397,6 +442,9 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=
     is cut where |tM|_F is above `longest`: exp(tM) soon outgrows the precision of a pseudoinverse.
     Returns the new weights and the product of the steps' group elements: [..., d, d].
     """
+    check_batch(weights, x)
+    for M in generators:
+        check_square(weights, {layer: M})
     weights, total = list(weights), torch.eye(weights[layer].shape[-2]).to(x)
     h = x
     for w in weights[:layer]:
@@ -420,6 +468,7 @@ def estimate(weights, x, y, radii, k, activation, sphere=False):
     All networks share the batch's draws: a direction for each radius, and M for each pair of
     layers. x: [d_0, n], y: [n].
     """
+    check_batch(weights, x, y)
     widths = [len(x), *(w.shape[-2] for w in weights)]
     generators = random_generators(widths, torch.Generator().manual_seed(12345 * k))
     rng = torch.Generator().manual_seed(12345 * k + 1)

@@ -1,18 +1,21 @@
 """Results on disk: whole files, with their settings and the code that made them.
 
-A result is an .npz file of arrays. Its entry "about" is JSON: the settings that made it, and the
-code, the libraries and the processor (`made_with`). It is written to a temporary name and then
+A result is an .npz file of arrays. Its entry "about" is JSON: the settings that made it, the code,
+libraries and processor (`made_with`), and a checksum. It is written to a temporary name and then
 renamed, so a file under its own name is complete. Nothing here is a pickle.
 """
 
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import json
 import math
 import multiprocessing
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+
+HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
 class UserError(Exception):
@@ -37,13 +42,32 @@ class Result(NamedTuple):
     made_with: dict
 
 
+def is_left_over(part):
+    """Return whether a temporary file is of a process of this machine that has ended."""
+    *_, host, process, _, _ = part.name.split(".")
+    if host != HOST or os.name != "posix":
+        return False
+    try:
+        os.kill(int(process), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError, OverflowError):
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def whole_file(path, mode="wb"):
-    """Open `path` for writing so that it appears whole or not at all; makes its folder."""
+    """Open `path` for writing so that it appears whole or not at all; makes its folder.
+
+    What processes that were killed left of this file is removed.
+    """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in filter(is_left_over, path.parent.glob(f"{glob.escape(path.name)}.*.part")):
+            other.unlink(missing_ok=True)
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -55,9 +79,18 @@ def whole_file(path, mode="wb"):
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-            for other in path.parent.glob(f"{path.name}.*.part"):
-                if time.time() - other.stat().st_mtime > 3600:  # its process was killed
-                    other.unlink()
+
+
+def check_writable(folder):
+    """Make a folder and try to write there. Raises OSError, naming the folder, if that fails."""
+    probe = Path(folder) / "probe"
+    try:
+        with whole_file(probe):
+            pass
+        probe.unlink()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def save_text(path, text):
@@ -81,6 +114,20 @@ def save_json(path, content):
     save_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")
 
 
+def copy_into_page(table):
+    """Copy the file `table` into figures/README.md, between the markers that name it.
+
+    They are <!-- path of the table --> and <!-- end -->. Where there are none nothing is done.
+    """
+    page, table = ROOT / "figures" / "README.md", Path(table).resolve()
+    if page.exists() and table.is_relative_to(ROOT):
+        begin, end = f"<!-- {table.relative_to(ROOT).as_posix()} -->\n", "<!-- end -->\n"
+        before, marker, rest = page.read_text("utf-8").partition(begin)
+        if marker:
+            after = rest.partition(end)[2]
+            save_text(page, before + begin + table.read_text("utf-8") + end + after)
+
+
 def as_arrays(values):
     """Return a dict of numbers, arrays and tensors on any device as one of NumPy's arrays."""
     return {
@@ -94,9 +141,20 @@ def save(path, settings, arrays, provenance=None):
 
     provenance: the `made_with` of what they were computed from, if that was other code.
     """
+    arrays = as_arrays(arrays)
     about = {"settings": settings, "made_with": provenance or made_with()}
+    about["checksum"] = checksum(arrays, about["settings"])
     with whole_file(path) as file:
-        np.savez(file, about=json.dumps(about), **as_arrays(arrays))
+        np.savez(file, about=json.dumps(about), **arrays)
+
+
+def checksum(arrays, settings):
+    """Return the SHA-256 of arrays, with their names, types and shapes, and of settings."""
+    content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for key, value in sorted(arrays.items()):
+        content.update(f"{key} {value.dtype} {value.shape}".encode())
+        content.update(np.ascontiguousarray(value))
+    return content.hexdigest()
 
 
 def read(path):
@@ -112,7 +170,9 @@ def read(path):
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
         about = json.loads(str(arrays.pop("about")))
-        return Result(arrays, dict(about["settings"]), about["made_with"])
+        if about["checksum"] != checksum(arrays, about["settings"]):
+            raise ValueError("altered")
+        return Result(arrays, about["settings"], about["made_with"])
     except Exception:  # zipfile and numpy raise many kinds
         print(f"{path} is damaged and counts as missing.", file=sys.stderr)
         return None

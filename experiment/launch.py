@@ -6,11 +6,12 @@ Under torchrun each rank computes its share of the files in logs/, and rank 0 re
 import argparse
 import datetime
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
-from . import files
+from . import end_quietly, files
 from .files import ROOT, UserError
 
 
@@ -47,12 +48,14 @@ def progress_bar(total, unit, desc=None):
     return tqdm(total=total, unit=unit, desc=desc, disable=rank_and_world()[0] > 0, mininterval=0.5)
 
 
-def at_least(least):
-    """Return an argparse type: a whole number that is no less than `least`."""
+def at_least(least, most=1_000_000):
+    """Return an argparse type: a whole number from `least` to `most`, in ASCII digits."""
 
     def whole_number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        digits = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
+        if not digits or not least <= int(text) <= most:
+            message = f"{text!r} is not a whole number from {least} to {most:,}"
+            raise argparse.ArgumentTypeError(message)
         return int(text)
 
     return whole_number
@@ -126,6 +129,7 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
     `parts` that have results, goes to table.md and is printed; draw(part, arrays, summary, folder)
     draws those asked for. Raises UserError where one of these is missing.
     """
+    files.check_writable(folder)  # now rather than after the first epoch
     if compute and not args.plot_only:
         compute(args)
         wait_for_ranks()
@@ -148,6 +152,7 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
         draw(part, results[part].arrays, summaries[part], folder)
     files.save_json(folder / "summary.json", summaries)
     files.save_text(folder / "table.md", table(summaries))
+    files.copy_into_page(folder / "table.md")
     print(f"\n{table(summaries)}\nResults, figures, summary.json and table.md are in {folder}")
 
 
@@ -160,6 +165,8 @@ def run(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason
     files.code_version()  # now: the code may change while it runs
+    if signal.getsignal(signal.SIGINT) is end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     rank, world = rank_and_world()
     try:

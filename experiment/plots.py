@@ -86,7 +86,21 @@ def markdown(header, rows):
 
 
 def interval_text(difference):
-    """Return one `paired_difference` as text; – where there are too few runs for an interval."""
+    """Return one `paired_difference` in units of 10⁻³ as text; – where there are too few runs."""
     if np.isnan(difference["low"]):
         return "–"
-    return "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference)
+    mean, low, high = (round(1e3 * difference[key], 1) + 0 for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def difference_table(title, reference, differences):
+    """Return a table in Markdown of the test loss of a reference and of differences between arms.
+
+    reference: {epoch: mean test loss}; differences: {row's name: {epoch: `paired_difference`, with
+    a `verdict` or without}}.
+    """
+    rows = [["test loss of plain", *(f"{loss:.3f}" for loss in reference.values())]]
+    for name, after in differences.items():
+        rows.append([name, *(f"{interval_text(d)} {d.get('verdict', '')}" for d in after.values())])
+    header = [f"{title}: differences in 10⁻³", *(f"after epoch {epoch}" for epoch in reference)]
+    return markdown(header, [[cell.strip() for cell in row] for row in rows])

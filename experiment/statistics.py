@@ -20,18 +20,14 @@ def paired_difference(a, b):
         return {"mean": np.nanmean(a - b, axis=-1), "low": low, "high": high}
 
 
-def losses_after(epochs, loss, references):
-    """Return {epoch: {test_loss: its mean over runs, minus_…: paired differences to references}}.
+def compare_arms(loss, pairs, epochs):
+    """Return {"a − b": {epoch: `paired_difference` of their losses after it}} for pairs of arms.
 
-    loss: [epochs, runs], after each epoch; references: {name: such losses}.
+    loss: {arm: [epochs, runs]}, after each epoch.
     """
     return {
-        epoch: {"test_loss": np.nanmean(loss[epoch - 1], dtype=float)}
-        | {
-            f"minus_{name}": paired_difference(loss[epoch - 1], other[epoch - 1])
-            for name, other in references.items()
-        }
-        for epoch in epochs
+        f"{a} − {b}": {e: paired_difference(loss[a][e - 1], loss[b][e - 1]) for e in epochs}
+        for a, b in pairs
     }
 
 

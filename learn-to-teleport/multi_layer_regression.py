@@ -22,8 +22,6 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: the tasks run side by side
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-import contextlib
 import math
 import multiprocessing
 import re
@@ -34,11 +32,12 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import NamedTuple
 
+from experiment import PARENT, files, launch, plots
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiment import files, launch, plots
 from regression import (
     FIRST_LR,
     LR_RANGE,
@@ -154,8 +153,8 @@ def train(method, initialisation, path, settings, report):
     files.save(path, settings, arrays | matrices(lstms))
 
 
-def start_worker(count, stop):
-    """Prepare a worker process; count: of trajectories done, and stop: an event, are shared."""
+def start_worker(count):
+    """Prepare a worker process; count: of trajectories done, is shared."""
     global report_to_parent
     torch.set_num_threads(1)
     files.code_version()  # now: the code may change while it runs
@@ -163,33 +162,31 @@ def start_worker(count, stop):
     def report_to_parent(n):
         with count.get_lock():
             count.value += n
-        if not multiprocessing.parent_process().is_alive():
-            os._exit(1)
-        if stop.is_set():
-            raise KeyboardInterrupt
 
 
 def do_task(*task):
     """Do a task in a worker process."""
-    with contextlib.suppress(KeyboardInterrupt):  # the parent knows
-        train(*task, report_to_parent)
+    train(*task, report_to_parent)
 
 
 def run_tasks(tasks, processes):
     """Do tasks, the arguments of `train` but for its last, in single-threaded processes.
 
-    Raises the first error that one of them raised, or UserError where one was killed.
+    Raises the first error that one of them raised, or UserError where one was killed. All of them
+    end with this function, whatever ends it.
     """
     context = multiprocessing.get_context("spawn")
-    count, stop = context.Value("q", 0), context.Event()
+    count = context.Value("q", 0)
+    os.environ[PARENT] = str(os.getpid())
     total = sum(method.trajectories for method, *_ in tasks)
-    executor = ProcessPoolExecutor(processes, context, start_worker, (count, stop))
+    executor = ProcessPoolExecutor(processes, context, start_worker, (count,))
     # the workers inherit that they ignore Ctrl-C: this process stops them
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         futures = [executor.submit(do_task, *task) for task in tasks]
     finally:
         signal.signal(signal.SIGINT, handler)
+        del os.environ[PARENT]
     try:
         with launch.progress_bar(total, "trajectory") as bar:
             pending = futures
@@ -199,9 +196,10 @@ def run_tasks(tasks, processes):
                 for future in done:
                     future.result()
     except BrokenProcessPool:
-        raise files.UserError("A worker process was killed, perhaps for want of memory.") from None
+        raise files.UserError("a worker process was killed, perhaps for want of memory.") from None
     finally:
-        stop.set()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # what it has saved is whole
         executor.shutdown(cancel_futures=True)
 
 

@@ -12,10 +12,11 @@ import pytest
 # tests are small: a second thread only waits, and badly where the machine has other work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-
 from experiment.files import ROOT  # noqa: E402
 from experiment.launch import run  # noqa: E402
+
+import torch  # noqa: E402
+
 from models import LeakyReLU, init_weights  # noqa: E402
 from teleportation import random_directions, random_generators  # noqa: E402
 

@@ -8,6 +8,9 @@ import subprocess
 import sys
 import time
 
+from experiment import files
+from experiment.files import ROOT, UserError
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +19,6 @@ from scipy import stats
 import correlation
 from conftest import GOLDEN
 from data import load_dataset, load_sample, shuffled_batch
-from experiment import files
-from experiment.files import ROOT, UserError
 from models import BATCH, TRAINING, LeakyReLU, evaluate, init_weights, train_epoch_sgd
 from teleportation import RADII, estimate
 
@@ -158,6 +159,7 @@ def test_the_table_says_what_made_up_results_say():
         "test_accuracy": np.linspace(0.8, 0.9, 60),
         "sharpness": 3 * loss + 0.3 * noise[1],
         "curvature": -loss - 0.1 * noise[1] + noise[2],
+        "train_loss": -2 * loss,
         "training_seconds": np.float64(12.34),
     }
     summary = correlation.summarise("MNIST", results)
@@ -166,6 +168,10 @@ def test_the_table_says_what_made_up_results_say():
     assert abs(summary["curvature"]["given_the_other"]) < 0.3
     assert summary["sharpness"]["given_the_other"] > 0.95
     assert summary["sharpness_and_curvature"]["pearson"] < -0.5
+    assert summary["train_loss"]["pearson"] == pytest.approx(-1)
+    assert summary["sharpness_and_train_loss"]["pearson"] == pytest.approx(
+        -summary["sharpness"]["pearson"]
+    )
     assert summary["test_loss_mean"] == pytest.approx(loss.mean())
     assert summary["test_loss_std"] == pytest.approx(loss.std() * np.sqrt(60 / 59))
     assert summary["test_accuracy_mean"] == pytest.approx(0.85)
@@ -247,23 +253,6 @@ def test_what_a_gpu_trained_as_one_stack_is_drawn_anywhere(tmp_path):
     log.parent.mkdir(parents=True)
     log.touch()
     assert stacks("cpu") == ["runs000-099.npz"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--dataset", "SVHN"], "invalid choice: 'SVHN'"),
-        (["--runs", "3"], "'3' is not a whole number of 4 or more"),
-        (["--epochs", "-1"], "'-1' is not a whole number of 1 or more"),
-        (["--device", "abacus"], "there is no device 'abacus' here"),
-        (["--device", "meta"], "there is no device 'meta' here"),
-        ([*SMALL, "--plot-only"], "MNIST.npz is missing: start this without --plot-only"),
-    ],
-)
-def test_bad_input_gets_a_sentence(tmp_path, call, arguments, words):
-    done = call(correlation, *arguments, "--output", tmp_path)
-    assert done.returncode == 2
-    assert words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_explains_every_option_with_its_default(run_script):

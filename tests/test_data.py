@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tarfile
 
+from experiment.files import ROOT, UserError
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-from experiment.files import ROOT, UserError
 
 PACKAGES = dict(data.PACKAGES)
 NAMES = list(data.PATHS)

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from itertools import pairwise
 
+from experiment import files
+from experiment.files import ROOT
+
 import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.special import ellipeinc
 
 import displacement_integration as displacement
-from experiment import files
-from experiment.files import ROOT
 
 FIGURES = ("integral_kx_sqr", "integral_circle", "collapse")
 CURVATURES = (0, 0.01, 0.3, 0.5, 1, 7, 40)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
+from experiment.files import ROOT
+
 import numpy as np
 import pytest
 
-from experiment.files import ROOT
 from test_correlation import arrays, assert_same
 
 # small stacks, no figures; FAULT ends rank 1 when it has two stacks, or keeps it from the barrier

@@ -5,10 +5,6 @@ import errno
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 from experiment import files
 from experiment.files import UserError
 from experiment.launch import (
@@ -19,6 +15,10 @@ from experiment.launch import (
     run,
     share_of_rank,
 )
+
+import numpy as np
+import pytest
+import torch
 
 
 def test_a_rank_has_every_so_many_th_unit_and_its_own_gpu(monkeypatch):
@@ -58,10 +58,10 @@ def test_run_hides_no_mistake_of_the_code():
         run(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many", ""])
-def test_a_count_below_the_least_is_refused(text):
+@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many", "", "1000001", "٣", "9" * 5000])
+def test_a_count_that_is_none_is_refused(text):
     assert at_least(1)("7") == 7
-    with pytest.raises(argparse.ArgumentTypeError, match="not a whole number of 1 or more"):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a whole number from 1 to 1,000,000"):
         at_least(1)(text)
 
 

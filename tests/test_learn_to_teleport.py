@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+from experiment.files import ROOT, UserError, load
+
 import numpy as np
 import pytest
 import torch
 
 import multi_layer_regression as script
 import regression
-from experiment.files import ROOT, UserError, load
 from lstm import backward, init_lstm, lstm_step, zero_state
 from models import LeakyReLU
 from regression import Network, Problem

@@ -1,13 +1,13 @@
 """experiment/plots.py and experiment/statistics.py."""
 
+from experiment import plots
+from experiment.plots import save_figure
+from experiment.statistics import compare_arms, correlate, paired_difference, partial_correlation
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
-
-from experiment import plots
-from experiment.plots import save_figure
-from experiment.statistics import correlate, losses_after, paired_difference, partial_correlation
 
 
 def test_a_figure_is_saved_as_pdf_and_png_and_is_the_same_bytes_again(tmp_path):
@@ -65,13 +65,18 @@ def test_partial_correlation_is_that_of_the_residuals():
     assert partial_correlation(a, b, given) == pytest.approx(expected)
 
 
-def test_losses_after_epochs_are_means_with_differences_that_are_paired():
-    loss = np.array([[3.0, 5.0], [1.0, 4.0]])  # [epochs, runs]
-    found = losses_after((1, 2), loss, {"plain": loss + [[1, 1], [0, 2]]})
-    assert found[1]["test_loss"] == 4 and found[2]["test_loss"] == 2.5
-    assert found[1]["minus_plain"] == {"mean": -1, "low": -1, "high": -1}
-    assert found[2]["minus_plain"]["mean"] == -1 and found[2]["minus_plain"]["high"] > 0
-    assert plots.interval_text(found[1]["minus_plain"]) == "-1.0000 [-1.0000, -1.0000]"
+def test_arms_are_compared_by_pairs_of_runs_after_the_epochs_asked_for():
+    loss = {"plain": np.array([[3.0, 5.0], [1.0, 4.0]])}  # [epochs, runs]
+    loss["moved"] = loss["plain"] + [[1, 1], [0, 2]]
+    found = compare_arms(loss, [("plain", "moved"), ("moved", "plain")], (1, 2))
+    assert found["plain − moved"][1] == {"mean": -1, "low": -1, "high": -1}
+    assert found["plain − moved"][2]["mean"] == -1 < 0 < found["plain − moved"][2]["high"]
+    assert found["moved − plain"][2]["mean"] == 1
+    found["moved − plain"][1]["verdict"] = "holds"
+    text = plots.difference_table("MNIST", {1: 4.0, 2: 2.5}, found)
+    assert "| MNIST: differences in 10⁻³ | after epoch 1 | after epoch 2 |" in text
+    assert "| test loss of plain | 4.000 | 2.500 |" in text
+    assert "| moved − plain | +1000.0 [+1000.0, +1000.0] holds | +1000.0 [−" in text
 
 
 def test_panels_show_means_and_differences(tmp_path, monkeypatch):

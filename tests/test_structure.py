@@ -3,12 +3,13 @@
 import ast
 from types import SimpleNamespace
 
+from experiment.files import ROOT
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 import teleportation
-from experiment.files import ROOT
 from models import MLP, LeakyReLU, evaluate, init_weights, train_epoch, train_epoch_sgd
 from teleportation import (
     act,

@@ -4,14 +4,15 @@ import json
 import shutil
 import sys
 
+from experiment import files
+from experiment.files import UserError
+
 import numpy as np
 import pytest
 import torch
 
 import teleport_optimization as script
 from data import load_sample, shuffled_batch
-from experiment import files
-from experiment.files import UserError
 from models import MLP, TRAINING, LeakyReLU, init_weights, train_epoch
 from teleportation import gradient_norm_squared
 
@@ -137,25 +138,24 @@ def made_up(runs=4, epochs=6):
 
 
 def test_the_table_says_what_made_up_results_say():
-    arms = script.summarise("MNIST_Adam", made_up())["arms"]
+    summary = script.summarise("MNIST_Adam", made_up())
+    assert summary["plain"] == {5: pytest.approx(6.15), 6: pytest.approx(5.15)}
+    for a, b in script.PAIRS:
+        gap = script.ARMS.index(b) - script.ARMS.index(a)
+        for difference in summary["differences"][f"{a} − {b}"].values():
+            assert difference == pytest.approx({"mean": gap, "low": gap, "high": gap})
     for i, arm in enumerate(script.ARMS):
-        entry = arms[arm]
-        assert list(entry["after_epoch"]) == [5, 6]
-        for epoch, at in entry["after_epoch"].items():
-            assert at["test_loss"] == pytest.approx(10 - (epoch - 1) - i + 0.15)
-            for reference in ("plain", "reset"):
-                gap = script.ARMS.index(reference) - i
-                expected = {"mean": gap, "low": gap, "high": gap}
-                assert at[f"minus_{reference}"] == pytest.approx(expected)
         # plain ends at 5; arm i is there i epochs earlier
-        reached = {"runs": 4, "epochs": 6 - i, "seconds": 10.0 * (6 - i)}
-        assert entry["reaches_plains_final_loss"] == reached
+        entry = summary["arms"][arm]
+        assert entry["reaches"] == {"runs": 4, "epochs": 6 - i, "seconds": 10.0 * (6 - i)}
         assert entry["seconds_of_moves"] == 1.5 * i
-        assert entry["moves_mean_change_of_loss"] == pytest.approx(0.25)
-        assert entry["moves_mean_growth_of_gradient_norm_squared"] == pytest.approx(3)
-    text = script.table({"MNIST_Adam": {"arms": arms}})
-    assert "| MNIST, Adam | kept | 5.1500 | -1.0000 [-1.0000, -1.0000] | +2.0000 [" in text
-    assert "| 4, 5.0, 50.0 | 1.50 |" in text
+        assert entry["mean_change_of_loss"] == pytest.approx(0.25)
+        assert entry["mean_growth_of_gradient_norm_squared"] == pytest.approx(3)
+    text = script.table({"MNIST_Adam": summary})
+    assert "| MNIST, Adam: differences in 10⁻³ | after epoch 5 | after epoch 6 |" in text
+    assert "| kept − plain | −1000.0 [−1000.0, −1000.0] |" in text
+    assert "| teleport − reset | +1000.0 [" in text
+    assert "| MNIST, Adam | kept | 4 | 5.0 | 50.0 | 1.50 | +250.00 | +200.0 % |" in text
 
 
 def test_an_arms_time_is_its_share_of_training_and_its_own_moves(tmp_path, monkeypatch):
@@ -202,8 +202,10 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     assert {path.name for path in figures.iterdir()} == expected
     summary = json.loads((figures / "summary.json").read_text("utf-8"))
     assert summary.keys() == {"MNIST_RMSprop"}
-    plain = summary["MNIST_RMSprop"]["arms"]["plain"]
-    assert plain["after_epoch"]["3"]["minus_plain"] == {"mean": 0, "low": 0, "high": 0}
+    results = files.read(figures / "MNIST_RMSprop.npz").arrays
+    difference = np.diff(results["test_loss"][2, :2].mean(1)).item()
+    found = summary["MNIST_RMSprop"]["differences"]["kept − plain"]["3"]["mean"]
+    assert found == pytest.approx(difference, abs=1e-6)
     assert (figures / "table.md").read_text("utf-8") in done.stdout
     monkeypatch.setattr(script.plots, "save_figure", lambda *_: None)
     shutil.rmtree(tmp_path / "logs")

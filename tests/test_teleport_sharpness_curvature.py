@@ -4,14 +4,15 @@ import json
 import shutil
 import sys
 
+from experiment import files
+from experiment.files import UserError
+
 import numpy as np
 import pytest
 import torch
 
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
-from experiment import files
-from experiment.files import UserError
 from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
 from teleportation import act, curvature_along
 
@@ -164,12 +165,15 @@ def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_pat
         np.testing.assert_array_equal(np.isnan(state[curve][12:]), np.tile(expected, (3, 1, 1)))
         assert not np.isnan(state[curve][:12]).any()
         np.testing.assert_allclose(state[curve][12:, ~expected], whole[curve][12:, ~expected], 1e-4)
-    summary = script.summarise("MNIST", state)["arms"]
-    assert summary["curvature decrease"]["diverged"] == 1
-    alone = state["test_loss"][12, arm, 0]
-    assert summary["curvature decrease"]["after_epoch"][13]["test_loss"] == pytest.approx(alone)
-    text = script.table({"MNIST": {"arms": summary}})
-    assert "| MNIST | curvature decrease (1 diverged): the loss rises | 13 |" in text
+    summary = script.summarise("MNIST", state)
+    assert summary["diverged"]["curvature decrease"] == 1
+    assert np.isnan(summary["differences"]["curvature decrease − plain"][13]["low"])
+    alone = state["test_loss"][12, [arm, 0], 0]
+    mean = summary["differences"]["curvature decrease − plain"][13]["mean"]
+    assert mean == pytest.approx(alone[0] - alone[1])
+    text = script.table({"MNIST": summary})
+    row = "| curvature decrease (1 diverged) − plain (claim: rises) | – too few |"
+    assert row in text
 
 
 def test_plain_sgd_that_diverges_ends_with_a_sentence(short, tmp_path, monkeypatch):
@@ -210,11 +214,11 @@ def test_the_sample_ends_with_table_and_figures(short, tmp_path, call, monkeypat
         "summary.json",
         "table.md",
     }
-    arms = json.loads((figures / "summary.json").read_text("utf-8"))["MNIST"]["arms"]
-    assert arms["plain"]["after_epoch"]["15"]["minus_plain"]["mean"] == 0
-    after = {arm: arms[arm]["after_epoch"]["14"] for arm in ("sharpness decrease", "random")}
-    difference = after["sharpness decrease"]["test_loss"] - after["random"]["test_loss"]
-    assert after["sharpness decrease"]["minus_control"]["mean"] == pytest.approx(difference)
+    summary = json.loads((figures / "summary.json").read_text("utf-8"))["MNIST"]
+    loss = files.read(figures / "MNIST.npz").arrays["test_loss"][13].mean(1)
+    decrease, random = (loss[script.ARMS.index(arm)] for arm in ("sharpness decrease", "random"))
+    found = summary["differences"]["sharpness decrease − random"]["14"]["mean"]
+    assert found == pytest.approx(decrease - random, abs=1e-6)
     assert (figures / "table.md").read_text("utf-8") in done.stdout
     monkeypatch.setattr(script.plots, "save_figure", lambda *_: None)
     shutil.rmtree(tmp_path / "logs")
@@ -247,24 +251,31 @@ def test_the_summary_says_what_made_up_results_say():
         "moves": moves,
         "diverged": np.zeros((arms, runs), bool),
     }
-    summary = script.summarise("MNIST", results)["arms"]
-    for i, arm in enumerate(script.ARMS):
-        at = summary[arm]["after_epoch"][25]
-        assert at["test_loss"] == pytest.approx(10.1 + i)
-        assert at["minus_plain"]["mean"] == pytest.approx(i)
-        for rise, quantity in zip((1, 2, 3), script.QUANTITIES):
-            assert summary[arm]["moves"][quantity] == {
-                "before_the_first": 5,
-                "total_change_on_their_batches": pytest.approx(10 * rise),
-                "total_change_on_fresh_batches": pytest.approx(5 * rise),
-            }
-    at = {arm: summary[arm]["after_epoch"][40] for arm in script.CLAIMS}
+    summary = script.summarise("MNIST", results)
+    assert summary["plain"] == dict.fromkeys((21, 25, 40), pytest.approx(10.1))
+    for i, arm in enumerate(script.ARMS[1:], 1):
+        assert summary["differences"][f"{arm} − plain"][25]["mean"] == pytest.approx(i)
+        assert summary["moves"][arm] == {
+            "before": dict.fromkeys(script.QUANTITIES, 5),
+            "change_on_their_batches": pytest.approx({"loss": 10, "φ": 20, "κ": 30}),
+            "on_fresh_batches": pytest.approx({"loss": 5, "φ": 10, "κ": 15}),
+        }
+    verdicts = {
+        pair: after[40]["verdict"]
+        for pair, after in summary["differences"].items()
+        if "verdict" in after[40]
+    }
+    assert verdicts == {
+        "sharpness decrease − plain": "does not hold",
+        "sharpness increase − plain": "holds",
+        "curvature decrease − plain": "holds",
+        "curvature increase − plain": "opposite",
+        "sharpness decrease − random": "does not hold",
+        "curvature increase − random in one pair": "holds",
+    }
     # sharpness decrease is 1 above plain and 4 below its control, random
-    assert at["sharpness decrease"]["minus_control"]["mean"] == pytest.approx(-4)
-    assert at["sharpness decrease"]["verdicts"] == ["does not hold"] * 2
-    assert at["sharpness increase"]["verdicts"] == ["holds"]
-    assert at["curvature decrease"]["verdicts"] == ["holds"]
-    assert at["curvature increase"]["verdicts"] == ["opposite", "holds"]
-    text = script.table({"MNIST": {"arms": summary}})
-    row = "| MNIST | sharpness decrease: the loss changes little | 21 | 11.1000 | +1.0000 [+1.0000"
-    assert row in text and "| MNIST | refit | 40 | 17.1000 |" in text
+    assert summary["differences"]["sharpness decrease − random"][40]["mean"] == pytest.approx(-4)
+    text = script.table({"MNIST": summary})
+    row = "| sharpness decrease − plain (claim: changes little) | +1000.0 [+1000.0, +1000.0]"
+    assert row in text and "| refit − plain | +7000.0 [" in text
+    assert "| MNIST, refit | 5 | 5 | 5 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
