@@ -26,7 +26,11 @@ from teleportation import RADII, estimate
 
 DEFAULTS = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}  # as published
 SAMPLE_DEFAULTS = DEFAULTS | {"batches": 20}
-STACK = {"MNIST": 50, "FashionMNIST": 50, "CIFAR10": 25}  # runs that fit a CPU's caches as one
+RUNS_PER_STACK = {
+    "MNIST": 50,
+    "FashionMNIST": 50,
+    "CIFAR10": 25,
+}  # runs that fit a CPU's caches as one
 ACTIVATION = models.LeakyReLU()
 ESTIMATION_BATCH = 200  # training images in each batch that φ and ψ are estimated on
 SAVE_EVERY = 20  # batches of the estimators
@@ -93,7 +97,7 @@ def stacks(name, args):
     folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs"
     # a GPU trains all runs as one stack; what it has made is used anywhere
     one = args.device.type == "cuda" or (folder / f"runs000-{args.runs - 1:03d}.npz").exists()
-    size = args.runs if one else STACK[name]
+    size = args.runs if one else RUNS_PER_STACK[name]
     parts = [range(args.runs)[first : first + size] for first in range(0, args.runs, size)]
     return {folder / f"runs{runs[0]:03d}-{runs[-1]:03d}.npz": runs for runs in parts}, settings
 
@@ -229,7 +233,7 @@ def parse_arguments():
         default=list(models.TRAINING),
         help="which datasets",
     )
-    add("--runs", type=count(4), default=DEFAULTS["runs"], help="networks of each; 4 or more")
+    add("--runs", type=count(4), default=DEFAULTS["runs"], help="networks per dataset, at least 4")
     add("--epochs", type=count(1), default=DEFAULTS["epochs"], help="passes over the images")
     batches = f"batches of {ESTIMATION_BATCH} images that φ and ψ are estimated on (default: "
     batches += f"{DEFAULTS['batches']}; {SAMPLE_DEFAULTS['batches']} with --sample)"

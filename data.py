@@ -175,7 +175,7 @@ def fetch(name, root=DATA):
     except OSError as error:
         raise UserError(
             f"no file can be written to {folder} ({error.strerror or error}): "
-            "mend that, or choose another folder for the data."
+            "fix this, or choose another folder for the data."
         ) from error
 
 
@@ -328,7 +328,7 @@ def _png_to_rows(png, labels):
     return np.column_stack([np.fromiter(labels, np.uint8, len(pixels)), planes]).tobytes()
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Fetch and check datasets ahead of time.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"{', '.join(PATHS)} (default: all of them)"
@@ -339,9 +339,13 @@ def main():
     parser.add_argument(
         "--make-sample",
         action="store_true",
-        help="make sample/ again from --root, and no more (default: no)",
+        help="regenerate sample/ from --root and exit",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     if args.make_sample:
         return make_sample(args.root)
     for name in args.names:

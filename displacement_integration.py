@@ -234,7 +234,7 @@ def vertex_spacing(text):
     return value
 
 
-def main():
+def parse_arguments():
     parser = launch.experiment_parser(__doc__, on_datasets=False)
     parser.add_argument(
         "--polyline",
@@ -243,7 +243,11 @@ def main():
         help="draw the parabola's panel as published, from distances to a polyline; SPACING is "
         "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     name = f"displacement-polyline-{args.polyline:g}" if args.polyline else "displacement"
     parts = ["displacement"], ["displacement"]
     folder = args.output / "figures" / name

@@ -61,7 +61,7 @@ class Experiment(NamedTuple):
 
     training: models.Training
     teleports: dict
-    longest: float  # |tM|_F of a step in curvature, at the most
+    max_tm_norm: float  # |tM|_F of a step in curvature, at the most
     directions: int = 100  # for each radius, of the perturbations that teleports are made with
 
 
@@ -79,20 +79,22 @@ def teleports(sharpness_down, sharpness_up, curvature_down, curvature_up, ups=5)
 def scaled(experiment, scale):
     """Return an Experiment with rates, lengths and the number of directions times `scale`."""
     slower = {arm: t._replace(lr=scale * t.lr) for arm, t in experiment.teleports.items()}
-    longest, directions = scale * experiment.longest, round(scale * experiment.directions)
-    return Experiment(experiment.training, slower, longest, directions)
+    norm, directions = scale * experiment.max_tm_norm, round(scale * experiment.directions)
+    return Experiment(experiment.training, slower, norm, directions)
 
 
 EXPERIMENTS = {
     "CIFAR10": Experiment(
         models.Training((3072, 32, 10, 10), 2e-2),
         teleports(5e-2, 5e-2, 5e-2, 2e-1, ups=10),
-        longest=5.0,  # no step is as long
+        max_tm_norm=5.0,  # no step is as long
     ),
     # elsewhere dκ/dt is 10 and more, and exp(tM) would leave float32
-    "MNIST": Experiment(models.TRAINING["MNIST"], teleports(5e-2, 5e-2, 5e-2, 2e-1), longest=1.0),
+    "MNIST": Experiment(
+        models.TRAINING["MNIST"], teleports(5e-2, 5e-2, 5e-2, 2e-1), max_tm_norm=1.0
+    ),
     "FashionMNIST": Experiment(
-        models.TRAINING["FashionMNIST"], teleports(3e-1, 1e-1, 3e-3, 5e-3), longest=1.0
+        models.TRAINING["FashionMNIST"], teleports(3e-1, 1e-1, 3e-3, 5e-3), max_tm_norm=1.0
     ),
 }
 DEFAULTS = {"runs": 5}
@@ -104,8 +106,8 @@ MOVES = 10  # mini-batches before which some arm is teleported
 TELEPORT_BATCH = 2000
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
-LONGEST_T = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
-LARGEST = 1e6  # weight of a network that has not diverged
+MAX_T_NORM = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
+DIVERGED_WEIGHT = 1e6  # weight of a network that has not diverged
 MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
 PAIR = 1  # the pair of layers that curvature teleports act on: the second
 ESTIMATION_BATCHES, ESTIMATION_BATCH = 20, 200  # of φ and ψ along training
@@ -158,23 +160,23 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
         lr = lr * PUBLISHED_SCALE
         draw = settings[0].steps, TELEPORT_RADII, experiment.directions, k
         new, path = teleport_sharpness(
-            stack, x, y, lr, *draw, ACTIVATION, stop, LONGEST_T, return_path=True
+            stack, x, y, lr, *draw, ACTIVATION, stop, MAX_T_NORM, return_path=True
         )
         elements = path["group_elements"]
     else:
-        new, g = teleport_curvature(stack, x, lr, [M], ACTIVATION, PAIR, experiment.longest)
+        new, g = teleport_curvature(stack, x, lr, [M], ACTIVATION, PAIR, experiment.max_tm_norm)
         elements = [g]
     return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
 
 
-def set_aside(weights, diverged):
-    """Mark networks with a weight above LARGEST in diverged: [arms, runs], in place.
+def replace_diverged(weights, diverged):
+    """Mark networks with a weight above DIVERGED_WEIGHT in diverged: [arms, runs], in place.
 
     They get plain's weights, so that computations go on; what is measured of them is left out.
     Raises ValueError where plain's own diverge.
     """
     for w in weights:
-        diverged |= ~(w.abs() < LARGEST).all(-1).all(-1)  # written so that nan counts, too
+        diverged |= ~(w.abs() < DIVERGED_WEIGHT).all(-1).all(-1)  # written so that nan counts, too
     if diverged[0].any():
         runs = diverged[0].nonzero().flatten().tolist()
         raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
@@ -187,7 +189,7 @@ def move(weights, data, experiment, k, diverged):
     """Give each arm its k-th move, in place; weights: [arms, runs, d_{m+1}, d_m].
 
     Returns loss, φ and κ before and after it on the teleport's batch and on a fresh one,
-    [arms, 2 batches, 2, 3, runs]. diverged: as `set_aside` takes it.
+    [arms, 2 batches, 2, 3, runs]. diverged: as `replace_diverged` takes it.
     """
     d = experiment.training.widths[PAIR + 1]
     x, y = shuffled_batch(data, TELEPORT_BATCH, k)
@@ -213,7 +215,7 @@ def move(weights, data, experiment, k, diverged):
     for arm, (new, _) in moved.items():
         for w, own in zip(weights, new):
             w[ARMS.index(arm)] = own
-    set_aside(weights, diverged)
+    replace_diverged(weights, diverged)
     after = [loss_sharpness_curvature(weights, *batch, M, k) for batch in batches]
     both = torch.stack([torch.stack(pair) for pair in zip(before, after)])  # [2, 2, 3, arms, runs]
     return both.permute(3, 0, 1, 2, 4)
@@ -258,7 +260,7 @@ def train(data, experiment, runs, path, settings):
         def train_rows(rows):
             x, y = data.x_train[rows], data.y_train[rows]
             loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=lambda losses: None)
-            set_aside(weights, diverged)
+            replace_diverged(weights, diverged)
             return loss
 
         try:
@@ -288,7 +290,7 @@ def log(name, args):
     settings |= dict(
         experiment=experiment, seed=models.SEED, batches=[models.BATCH, TELEPORT_BATCH]
     )
-    course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, LONGEST_T, LARGEST
+    course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, MAX_T_NORM, DIVERGED_WEIGHT
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
     measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS
     settings |= dict(course=course, estimates=estimates, measured=measured)

@@ -51,7 +51,7 @@ def pseudoinverse(h):
             raise ValueError(f"the activations [{d}, {n}] of a run among {members} are not finite")
         warnings.warn(
             f"the activations [{d}, {n}] of runs {members} are not of full rank: "
-            "the group action keeps only a part of what they carry",
+            "the group action does not preserve the outputs exactly",
             stacklevel=2,
         )
         inverse[deficient] = torch.linalg.pinv(h[deficient])
@@ -142,13 +142,13 @@ def pull_back(gradient, weights, x, activation):
 
 
 @torch.no_grad()
-def ascend(objective, weights, x, lr, steps, activation, stop=INF, longest=INF):
+def ascend(objective, weights, x, lr, steps, activation, stop=INF, max_norm=INF):
     """Move weights along their orbit by gradient ascent on T_m, with I + T_m acting on each pair.
 
     objective(weights) returns the loss [...], what is to grow [...], and its gradient in the
     weights, a list like them; the group acts with the hidden activations of x: [d_0, n]. Each step
     starts from T = 0; a run whose objective is above `stop` stays where it is, and a step is cut
-    where |T_m|_F is above `longest`. lr: a number or a tensor [...], negative to descend. Returns
+    where |T_m|_F is above `max_norm`. lr: a number or a tensor [...], negative to descend. Returns
     the new weights and the path: `loss` and `objective` [steps + 1, ...] on x, and
     `group_elements`, for each pair the product of the steps' I + T_m.
     """
@@ -166,7 +166,7 @@ def ascend(objective, weights, x, lr, steps, activation, stop=INF, longest=INF):
             # where t is infinite 0 times t is not 0, and no step is taken
             T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in T]
             lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
-            T = [t * (longest / length).clamp(max=1) for t, length in zip(T, lengths)]
+            T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
             elements = [identity + t for identity, t in zip(identities, T)]
             weights = act(weights, x, elements, activation)
             total = [g @ before for g, before in zip(elements, total)]
@@ -339,7 +339,8 @@ def curvature_along(weights, x, generator, layer, activation):
 
     The pseudoinverse action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
     [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
-    (n >= d); raises ValueError where n < d.
+    (n >= d). κ and dκ/dt are nan where the curve stands still or is straight. Raises ValueError
+    where n < d.
     """
     check_batch(weights, x)
     check_square(weights, {layer: generator})
@@ -351,7 +352,7 @@ def curvature_along(weights, x, generator, layer, activation):
     a, slope = [activation(z)], activation.derivative(z)
     d, n = a[0].shape[-2:]
     if n < d:
-        raise ValueError(f"a batch of {n} is smaller than the layer, {d}: its curve has no refit")
+        raise ValueError(f"a batch of {n} is too small: the least-squares refit needs {d} or more")
     a_pinv = pseudoinverse(a[0])
     gram_inverse = a_pinv.mT @ a_pinv  # (a a^T)^{-1}
     outputs = U @ a[0]
@@ -403,20 +404,20 @@ def teleport_sharpness(
     lr,
     steps,
     radii,
-    number,
+    directions_per_radius,
     seed,
     activation,
     stop=INF,
-    longest=INF,
+    max_norm=INF,
     return_path=False,
 ):
     """Teleport to another sharpness: ascent, or descent where lr < 0, on the mean perturbed loss.
 
-    Each step draws `number` directions for each radius anew from `seed`; all runs share them, and
-    the batch x: [d_0, n], y: [n], so that their products are computed once. lr and stop: numbers or
-    tensors that broadcast over the runs; a run stops where φ > stop, and a step is cut where
-    |T_m|_F > longest. Returns the new weights and, with return_path, the path that `ascend`
-    describes; its objective is φ.
+    Each step draws new directions from `seed`, `directions_per_radius` of each length. All runs
+    share them and the batch x: [d_0, n], y: [n], so that their products are computed once. lr and
+    stop: numbers or tensors that broadcast over the runs; a run stops where φ > stop, and a step is
+    cut where |T_m|_F > max_norm. Returns the new weights and, with return_path, the path that
+    `ascend` describes; its objective is φ.
     """
     check_batch(weights, x, y)
     widths = [len(x), *(w.shape[-2] for w in weights)]
@@ -424,22 +425,23 @@ def teleport_sharpness(
 
     def objective(weights):
         blocks = (
-            [d.to(x) for d in random_directions(widths, [radius] * number, rng)] for radius in radii
+            [d.to(x) for d in random_directions(widths, [radius] * directions_per_radius, rng)]
+            for radius in radii
         )
         phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
         return cross_entropy(weights, x, y, activation), phi, gradient
 
-    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, longest)
+    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm)
     return (weights, path) if return_path else weights
 
 
 @torch.no_grad()
-def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=INF):
+def teleport_curvature(weights, x, lr, generators, activation, layer=1, max_norm=INF):
     """Teleport to another curvature: a step t = lr dκ/dt along exp(tM) for each M of `generators`.
 
     The action is on the pair `layer` alone. generators: M: [d, d], one for each step, shared by
     all runs; lr: a number or a tensor that broadcasts over the runs, negative to decrease κ. A step
-    is cut where |tM|_F is above `longest`: exp(tM) soon outgrows the precision of a pseudoinverse.
+    is cut where |tM|_F is above `max_norm`: exp(tM) soon exceeds a pseudoinverse's precision.
     Returns the new weights and the product of the steps' group elements: [..., d, d].
     """
     check_batch(weights, x)
@@ -451,7 +453,7 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, longest=
         h = activation(w @ h)
     for M in generators:
         _, derivative = curvature_along(weights, x, M, layer, activation)
-        most = longest / M.norm()
+        most = max_norm / M.norm()
         # a run whose activations lost their rank has no derivative: it stays
         t = (lr * derivative).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
         g = torch.linalg.matrix_exp(t[..., None, None] * M)

@@ -31,7 +31,7 @@ HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
 class UserError(Exception):
-    """Something the user can mend. `launch.run` shows it as one sentence, without a traceback."""
+    """An error that the user can fix. `launch.run` shows it as a sentence, without a traceback."""
 
 
 class Result(NamedTuple):
@@ -174,14 +174,14 @@ def read(path):
             raise ValueError("altered")
         return Result(arrays, about["settings"], about["made_with"])
     except Exception:  # zipfile and numpy raise many kinds
-        print(f"{path} is damaged and counts as missing.", file=sys.stderr)
+        print(f"{path} is damaged and will be treated as missing.", file=sys.stderr)
         return None
 
 
 def load(path, settings):
     """Return the arrays in the .npz file `path` as a dict, or None as `read` does.
 
-    Raises UserError if the file was made with other settings. `device` is recorded but not
+    Raises UserError if the file was made with different settings. `device` is recorded but not
     compared, so that what a GPU computed can be used anywhere. A file made by other code is used,
     with a warning.
     """
@@ -196,11 +196,11 @@ def load(path, settings):
     )
     if differing:
         raise UserError(
-            f"{path} was made with other settings ({', '.join(differing)}): "
+            f"{path} was made with different settings ({', '.join(differing)}): "
             "move it away, or choose another --output."
         )
     if result.made_with.get("code") != code_version()[0]:
-        warn_once(f"{path.parent} has results of another version of the code, and they are used.")
+        warn_once(f"{path.parent} contains results from another version of the code; using them.")
     return result.arrays
 
 
@@ -208,8 +208,17 @@ def load_steps(path, settings, steps):
     """Return what `resume` saved after `steps` steps or more. Raises UserError before that."""
     state = load(path, settings)
     if state is None or state["steps"] < steps:
-        raise UserError(f"{path} is missing or not finished: start the same command again.")
+        raise UserError(f"{path} is missing or incomplete: run the same command again.")
     return state
+
+
+def steps_saved(path):
+    """Return how many steps of a run the file `path` has: another launch may be ahead."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return int(archive["steps"])
+    except Exception:  # there is none, or it is damaged
+        return 0
 
 
 def resume(path, settings, start, step, steps, bar, every=1):
@@ -227,7 +236,7 @@ def resume(path, settings, start, step, steps, bar, every=1):
     bar.update(min(first, steps))
     for done in range(first + 1, steps + 1):
         state = as_arrays(step(state)) | {"steps": done}
-        if done % every == 0 or done == steps:
+        if (done % every == 0 or done == steps) and done > steps_saved(path):
             save(path, settings, state)
         bar.update()
     return state

@@ -101,7 +101,7 @@ def experiment_parser(doc, on_datasets=True):
             "--data",
             type=Path,
             default=ROOT / "data",
-            help="folder of the datasets, which are fetched where they are missing",
+            help="folder of the datasets; missing ones are downloaded",
         )
     return parser
 
@@ -141,7 +141,7 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
     results = {part: files.read(folder / f"{part}.npz") for part in parts}
     for part in asked:
         if results[part] is None:
-            raise UserError(f"{folder / part}.npz is missing: start this without --plot-only.")
+            raise UserError(f"{folder / part}.npz is missing: run without --plot-only.")
     results = {part: result for part, result in results.items() if result}
     summaries = {
         part: {"settings": result.settings, "made_with": result.made_with}
@@ -157,7 +157,7 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
 
 
 def run(main):
-    """Call a script's `main`; a problem that the user can mend ends it with a sentence, status 2.
+    """Call a script's `main`; a problem that the user can fix ends it with a sentence, status 2.
 
     An interrupt (Ctrl-C) ends it with status 130. Under torchrun the ranks are connected first.
     """
@@ -183,9 +183,12 @@ def run(main):
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{name}: {where}{error.strerror or error}.", file=sys.stderr)
-        print("Everything saved so far is complete: fix this, and start again.", file=sys.stderr)
+        print(
+            "Everything saved so far is complete: fix this, then run the same command to resume.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print("\nInterrupted. The same command goes on from what was saved.", file=sys.stderr)
+            print("\nInterrupted. Run the same command to resume.", file=sys.stderr)
         sys.exit(130)

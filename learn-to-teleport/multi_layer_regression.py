@@ -196,7 +196,7 @@ def run_tasks(tasks, processes):
                 for future in done:
                     future.result()
     except BrokenProcessPool:
-        raise files.UserError("a worker process was killed, perhaps for want of memory.") from None
+        raise files.UserError("a worker process was killed, possibly out of memory.") from None
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # what it has saved is whole
@@ -282,7 +282,7 @@ def collect(_, args):
     for *_, path, settings in listed:
         state = files.load(path, settings)
         if not is_finished(state):
-            raise files.UserError(f"{path} is missing or not finished: start this command again.")
+            raise files.UserError(f"{path} is missing or incomplete: run the same command again.")
         found[settings["method"]].append(state)
     problem, first = draw_tests(), draw_problem(TEST_SETS[PUBLISHED_5][0])
     optimizers = {
@@ -465,7 +465,7 @@ def parse_arguments():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
     add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
-    add("--processes", type=at_least(1), default=cores, help="how many tasks run side by side")
+    add("--processes", type=at_least(1), default=cores, help="number of worker processes")
     return parser.parse_args()
 
 

@@ -79,7 +79,7 @@ def training_products(widths):
 
 def sgd(name, images, limit):
     """Training of Table 1's 100 networks for 40 epochs, from the time of `images` images."""
-    (widths, lr), stack = TRAINING[name], correlation.STACK[name]
+    (widths, lr), stack = TRAINING[name], correlation.RUNS_PER_STACK[name]
     x, y = torch.rand(images, widths[0]), torch.randint(10, (images,))
     weights = init_weights(widths, range(stack))
     scale = 100 / stack * 40 * 50_000 / images
@@ -90,7 +90,7 @@ def sgd(name, images, limit):
 
 def estimators(name, limit=None):
     """φ and ψ of 100 networks on one batch of 200."""
-    widths, stack = TRAINING[name].widths, correlation.STACK[name]
+    widths, stack = TRAINING[name].widths, correlation.RUNS_PER_STACK[name]
     n, k = correlation.ESTIMATION_BATCH, len(RADII[name])
     x, y = torch.rand(widths[0], n), torch.randint(10, (n,))
     stacks = [init_weights(widths, range(stack)) for _ in range(100 // stack)]

@@ -160,7 +160,7 @@ BAD_OPTIONS = [
     *((name, ["--frobnicate"], "unrecognized arguments: --frobnicate") for name in SCRIPTS),
     *((name, ["--output"], "--output: expected one argument") for name in list(SCRIPTS)[:5]),
     *(
-        (name, ["--plot-only"], "missing: start this without --plot-only")
+        (name, ["--plot-only"], "missing: run without --plot-only")
         for name in SCRIPTS
         if name != "data"
     ),
@@ -236,7 +236,9 @@ def test_an_altered_result_is_named_and_made_again(tmp_path, call, finished, alt
     alter(arrays)
     np.savez(log, **arrays)
     done = call(correlation, *SMALL, "--output", tmp_path)
-    assert done.returncode == 0 and f"{log} is damaged and counts as missing" in done.stderr
+    assert (
+        done.returncode == 0 and f"{log} is damaged and will be treated as missing" in done.stderr
+    )
     again, expected = (files.read(f / LOGS / "runs000-003.npz") for f in (tmp_path, finished))
     for key in expected.arrays.keys() - {"seconds"}:
         np.testing.assert_array_equal(again.arrays[key], expected.arrays[key])
@@ -248,7 +250,7 @@ def test_an_altered_result_is_not_drawn(tmp_path, call, finished):
     path.write_bytes(path.read_bytes().replace(b"sharpness", b"sharpnest"))
     done = call(correlation, *SMALL, "--plot-only", "--output", tmp_path)
     assert done.returncode == 2
-    assert "is damaged" in done.stderr and "start this without --plot-only" in done.stderr
+    assert "is damaged" in done.stderr and "run without --plot-only" in done.stderr
 
 
 def test_output_is_tried_before_the_first_epoch(tmp_path, call, monkeypatch):

@@ -139,7 +139,7 @@ def test_fewer_batches_are_those_that_come_first_and_other_directions_are_refuse
     np.testing.assert_allclose(np.load(figures / "MNIST.npz")["sharpness"], phi[:2].mean(0))
     log.rename(log.with_name("runs000-003-sphere.npz"))
     other = call(correlation, *SMALL, "--sphere", "--output", tmp_path)
-    assert other.returncode == 2 and "was made with other settings (directions)" in other.stderr
+    assert other.returncode == 2 and "was made with different settings (directions)" in other.stderr
 
 
 def test_a_dataset_keeps_the_others_in_the_table(tmp_path, call):
@@ -235,7 +235,7 @@ def test_estimates_of_other_networks_are_refused(tmp_path, call):
     result.arrays["test_loss"] = result.arrays["test_loss"] + 1
     files.save(stack, result.settings, result.arrays)
     done = call(correlation, *SMALL, "--output", tmp_path)
-    assert done.returncode == 2 and "was made with other settings (networks)" in done.stderr
+    assert done.returncode == 2 and "was made with different settings (networks)" in done.stderr
 
 
 def test_what_a_gpu_trained_as_one_stack_is_drawn_anywhere(tmp_path):

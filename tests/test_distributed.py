@@ -34,7 +34,7 @@ def save(path, settings, arrays, *made_with):
 
 FAULT, original, done = os.environ.get("FAULT"), files.save, []
 correlation.draw, files.save = draw, save
-correlation.STACK = dict.fromkeys(correlation.STACK, 2)
+correlation.RUNS_PER_STACK = dict.fromkeys(correlation.RUNS_PER_STACK, 2)
 launch.run(correlation.main)
 """
 ARGUMENTS = ["--sample", "--dataset", "MNIST", "FashionMNIST", "--runs", "5", "--epochs", "3"]
@@ -123,7 +123,7 @@ def test_a_killed_rank_and_ctrl_c_lose_nothing(folder, start, expected):
     outputs = [process.communicate(timeout=10)[0] for process in ranks]
     assert time.monotonic() - interrupted < 2
     assert [process.returncode for process in ranks] == [130, 130]
-    assert ["The same command goes on" in output for output in outputs] == [True, False]
+    assert ["Run the same command to resume" in output for output in outputs] == [True, False]
     assert "Traceback" not in "".join(outputs)
 
     last = start("two")

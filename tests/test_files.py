@@ -43,7 +43,7 @@ def test_a_saved_result_comes_back(tmp_path):
 def test_a_result_with_other_settings_is_refused(tmp_path):
     path = tmp_path / "result.npz"
     save(path, SETTINGS, {"a": np.ones(1)})
-    with pytest.raises(UserError, match=r"result.npz was made with other settings \(epochs\)"):
+    with pytest.raises(UserError, match=r"result.npz was made with different settings \(epochs\)"):
         load(path, SETTINGS | {"epochs": 4})
 
 
@@ -56,7 +56,8 @@ def test_a_result_of_other_code_is_named(tmp_path, capsys, monkeypatch):
         load(tmp_path / "result.npz", SETTINGS)
     errors = capsys.readouterr().err
     assert (
-        errors.count("has results of another version of the code") == 1 and str(tmp_path) in errors
+        errors.count("contains results from another version of the code") == 1
+        and str(tmp_path) in errors
     )
 
 
@@ -184,8 +185,21 @@ def test_a_run_that_has_more_steps_than_asked_for_stays_as_it_is(tmp_path):
     assert count(path, 3, bar)["steps"] == 5 and bar.n == 3
     assert path.read_bytes() == before
     assert files.load_steps(path, SETTINGS, 5)["steps"] == 5
-    with pytest.raises(UserError, match="run.npz is missing or not finished"):
+    with pytest.raises(UserError, match="run.npz is missing or incomplete"):
         files.load_steps(path, SETTINGS, 6)
+
+
+def test_a_run_that_is_behind_another_launch_does_not_overwrite_it(tmp_path):
+    path = tmp_path / "run.npz"
+
+    class Overtaken(Bar):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == 2:
+                count(path, 6)
+
+    assert count(path, 4, Overtaken())["steps"] == 4
+    assert load(path, SETTINGS)["steps"] == 6
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path):

@@ -40,7 +40,7 @@ def test_a_rank_has_every_so_many_th_unit_and_its_own_gpu(monkeypatch):
     [
         (UserError("the file is gone: fetch it."), 2, "the file is gone: fetch it."),
         (OSError(errno.ENOSPC, "No space left on device", "logs/a"), 2, "logs/a: No space left"),
-        (KeyboardInterrupt(), 130, "The same command goes on"),
+        (KeyboardInterrupt(), 130, "Run the same command to resume"),
     ],
 )
 def test_run_ends_with_a_sentence_and_a_status(capsys, error, status, words):
@@ -129,7 +129,7 @@ def test_plot_only_draws_from_saved_results_and_computes_nothing(tmp_path):
     report = Report(tmp_path)
     report("a", value=3)
     assert report("a", plot_only=True) == "a6 " and report.computed == ["a"]
-    with pytest.raises(UserError, match=r"b.npz is missing: start this without --plot-only"):
+    with pytest.raises(UserError, match=r"b.npz is missing: run without --plot-only"):
         report("b", plot_only=True)
 
 

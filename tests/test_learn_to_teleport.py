@@ -290,7 +290,7 @@ def test_quick_ends_with_table_and_figures(tmp_path, run_script, call, monkeypat
     assert call(script, *options, "--plot-only").stdout == done.stdout
     other = call(script, *options, "--plot-only", "--seeds", "2")
     assert other.returncode == 2
-    assert "2seeds/results.npz is missing: start this without --plot-only" in other.stderr
+    assert "2seeds/results.npz is missing: run without --plot-only" in other.stderr
 
 
 def test_ctrl_c_ends_all_processes_quietly(tmp_path):

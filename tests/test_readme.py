@@ -1,14 +1,28 @@
-"""README.md: its example runs and does what it says, and what it names is there."""
+"""README.md and figures/README.md: examples run, commands parse, links exist, numbers agree."""
 
+import importlib
+import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 from experiment.files import ROOT
 
-README = (ROOT / "README.md").read_text("utf-8")
+import matplotlib
+import pytest
+
+PAGES = {"README.md": ROOT / "README.md", "figures/README.md": ROOT / "figures/README.md"}
+README, RESULTS = (path.read_text("utf-8") for path in PAGES.values())
+SCRIPTS = [path.stem for path in ROOT.glob("*.py")] + ["multi_layer_regression"]
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 2000 and len(README.encode()) <= 15_000
 
 
 def test_the_example_on_your_own_network(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     (before, after) = (
         [float(number) for number in line.split()[-2:]]
@@ -18,8 +32,97 @@ def test_the_example_on_your_own_network(capsys):
     assert after[1] > 1.5 * before[1]  # the gradient is larger
 
 
-def test_files_and_figures_that_it_names_exist():
-    names = re.findall(r"\]\(((?!http)[^)#]+)\)|`([\w/-]+\.(?:py|md|json))`", README)
-    names = {link or code for link, code in names}
-    assert len(names) > 20
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_that_load_results(page, tmp_path, monkeypatch, capsys):
+    text = PAGES[page].read_text("utf-8")
+    (example,) = re.findall(
+        r"```python\n((?:import json|import matplotlib).*?)```", text, re.DOTALL
+    )
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures").symlink_to(ROOT / "figures")
+    exec(compile(example, page, "exec"), {})
+    assert "test_loss" in capsys.readouterr().out or page == "figures/README.md"
+
+
+def anchor(heading):
+    """Return what a heading is linked by."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_images_and_files_are_there(page):
+    path = PAGES[page]
+    text = path.read_text("utf-8")
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    assert len(links) > 2
+    for link in links:
+        file, _, fragment = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert fragment in map(anchor, headings), link
+    names = {n for n in re.findall(r"`([\w/-]+\.(?:py|md|json))`", text) if "/" in n or ".py" in n}
     assert [name for name in names if not (ROOT / name).exists()] == []
+    assert not re.findall(r"!\[\]\(", text)  # every image has a text for those who don't see it
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_shown_is_understood_by_its_script(page, monkeypatch):
+    text = PAGES[page].read_text("utf-8")
+    commands = re.findall(r"((?:python|torchrun)[^`\n#]*?(?:[\w/-]+)\.py\b[^`\n#]*)", text)
+    assert len(commands) > 5
+    for command in commands:
+        words = shlex.split(command)
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        module = importlib.import_module(Path(words[script]).stem)
+        arguments = ["cpu" if word == "cuda" else word for word in words[script + 1 :]]
+        monkeypatch.setattr(sys, "argv", [words[script], *arguments])
+        if hasattr(module, "parse_arguments"):
+            module.parse_arguments()
+        else:
+            assert arguments == [], command
+
+
+def test_tables_are_those_that_the_scripts_wrote():
+    blocks = re.findall(r"<!-- (\S+) -->\n(.*?)<!-- end -->", RESULTS, re.DOTALL)
+    assert len(blocks) >= 5
+    for path, block in blocks:
+        assert block == (ROOT / path).read_text("utf-8"), path
+
+
+def summary(folder):
+    return json.loads((ROOT / "figures" / folder / "summary.json").read_text("utf-8"))
+
+
+def test_numbers_in_the_readme_are_those_of_the_summaries():
+    datasets = [summary("correlation")[name] for name in ("MNIST", "FashionMNIST", "CIFAR10")]
+    for quantity in ("sharpness", "curvature", "sharpness_and_train_loss", "train_loss"):
+        values = ", ".join(f"{entry[quantity]['pearson']:.3f}" for entry in datasets)
+        assert values.replace("-", "−") in README, quantity
+    adam = summary("optimization")["MNIST_Adam"]
+    assert f"falls\n  by {-adam['differences']['teleport − plain']['5']['mean']:.3f}" in README
+    assert f"of {adam['plain']['5']:.3f}." in README
+    back = summary("displacement")["displacement"]["parabola_back_at_straight_line"]
+    assert f"k r = {back['kr']:.2f}" in RESULTS
+
+
+def test_claims_of_the_readme_follow_from_the_summaries():
+    for entry in summary("correlation").values():
+        assert abs(entry["curvature"]["given_the_other"]) < 0.2  # within sampling error of 0
+    for name, entry in summary("optimization").items():
+        last = entry["differences"]["kept − plain"]["40"]
+        assert last["low"] < 0 < last["high"], name
+        gains = entry["differences"]["teleport − plain"]["40"]["high"] < 0
+        assert gains == (name == "MNIST_AdaGrad")
+    adagrad = summary("optimization")["MNIST_AdaGrad"]["differences"]
+    assert adagrad["teleport − reset"]["10"]["high"] > 0 > adagrad["reset − plain"]["10"]["high"]
+    growth = [
+        summary("optimization")[f"MNIST_{name}"]["arms"][arm][
+            "mean_growth_of_gradient_norm_squared"
+        ]
+        for name in ("momentum", "RMSprop", "Adam")
+        for arm in ("teleport", "kept")
+    ]
+    assert [f"{100 * (g - 1):.0f}" for g in (min(growth), max(growth))] == ["5", "8"]

@@ -212,4 +212,4 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     again = call(script, *options, "--plot-only", "--output", tmp_path)
     assert again.stdout == done.stdout
     other = call(script, *options, "--plot-only", "--epochs", "9")
-    assert other.returncode == 2 and "start this without --plot-only" in other.stderr
+    assert other.returncode == 2 and "run without --plot-only" in other.stderr

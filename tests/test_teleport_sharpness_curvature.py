@@ -224,14 +224,14 @@ def test_the_sample_ends_with_table_and_figures(short, tmp_path, call, monkeypat
     shutil.rmtree(tmp_path / "logs")
     assert call(script, *options, "--plot-only").stdout == done.stdout
     other = call(script, *options, "--plot-only", "--runs", "3")
-    assert other.returncode == 2 and "start this without --plot-only" in other.stderr
+    assert other.returncode == 2 and "run without --plot-only" in other.stderr
 
 
 def test_the_samples_teleports_are_a_tenth(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "--sample"])
     experiment, _, settings = script.log("CIFAR10", script.parse_arguments())
     published = script.EXPERIMENTS["CIFAR10"]
-    assert experiment.directions == 10 and experiment.longest == pytest.approx(0.5)
+    assert experiment.directions == 10 and experiment.max_tm_norm == pytest.approx(0.5)
     assert settings["experiment"] == experiment
     for arm, teleports in experiment.teleports.items():
         assert teleports.lr == pytest.approx(0.1 * published.teleports[arm].lr)

@@ -436,7 +436,13 @@ def test_a_stack_teleports_in_sharpness_as_its_members_do_alone(case, activation
     weights, x, y, *_ = case
     x, y = x[:, :n], y[:n]
     lr, stop = torch.tensor([-0.1, 0.1, 0.1]).double(), torch.tensor([9, 9, 0.0])
-    options = {"steps": 2, "radii": [0.5, 1.0], "number": 3, "seed": 4, "activation": activation}
+    options = {
+        "steps": 2,
+        "radii": [0.5, 1.0],
+        "directions_per_radius": 3,
+        "seed": 4,
+        "activation": activation,
+    }
     moved = teleport_sharpness(weights, x, y, lr, stop=stop, **options)
     for run in range(3):
         alone = [w[run] for w in weights]
@@ -464,7 +470,7 @@ def test_a_curvature_teleport_moves_curvature_with_the_sign_of_each_run(case, ac
 def test_a_step_in_curvature_is_no_longer_than_the_longest(case, activation):
     weights, x, _, _, generators = case
     M = generators[1]
-    _, g = teleport_curvature(weights, x[:, :5], 1e9, [M], activation, longest=0.5)
+    _, g = teleport_curvature(weights, x[:, :5], 1e9, [M], activation, max_norm=0.5)
     for member in g:
         ends = [torch.linalg.matrix_exp(t * M) for t in (-0.5, 0.5)]  # |M| = 1
         assert any(torch.allclose(member, end) for end in ends)
@@ -475,7 +481,7 @@ def test_a_step_in_sharpness_is_no_longer_than_the_longest(case, activation):
     draws = {"radii": [0.5], "number": 2, "seed": 4, "activation": activation}
     lr = torch.tensor([1e-3, 1e9, -1e9]).double()
     _, free = teleport_sharpness(weights, x, y, lr, 1, **draws, return_path=True)
-    _, cut = teleport_sharpness(weights, x, y, lr, 1, **draws, longest=0.5, return_path=True)
+    _, cut = teleport_sharpness(weights, x, y, lr, 1, **draws, max_norm=0.5, return_path=True)
     for g, expected in zip(cut["group_elements"], free["group_elements"]):
         T, far = g - torch.eye(len(g[0])), expected - torch.eye(len(g[0]))
         torch.testing.assert_close(T[0], far[0])
