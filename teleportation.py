@@ -6,7 +6,6 @@ sample; leading dimensions are runs. Equation numbers are the paper's.
 
 import warnings
 from itertools import pairwise
-from math import comb
 
 import numpy as np
 import torch
@@ -120,25 +119,18 @@ def gradient_norm_squared(weights, x, y, activation):
     return warn_if_not_finite("|∇L|²", norm)
 
 
-def pull_back(gradient, weights, x, activation):
-    """Return an objective's gradient in T_m at T = 0, where I + T_m acts on the m-th pair.
+def ascent_direction(objective, weights, x, activation):
+    """Return loss and objective, [...], and the objective's gradient in T_m at T = 0, a list.
 
-    gradient: the objective's gradient in the weights, a list like them. To first order in T, with
-    z = Vh, h' = σ(z) and P = h' h'^+, the pseudoinverse action is dV = TV and
-    dU = −U P dh' h'^+ + U h'^{+T} dh'^T (I − P), dh' = σ'(z) ∘ Tz. The second term vanishes where
-    h' has full row rank (n >= d), since P = I there; elsewhere U must be refitted already: U = UP.
+    I + T_m acts on the m-th pair of layers, with the hidden activations of x: [d_0, n]. objective
+    is as `ascend` takes it, and is evaluated where T = 0 leads: with fewer samples than units the
+    pseudoinverse action refits U there.
     """
-    h, result = x, []
-    for m, (V, U) in enumerate(zip(weights, weights[1:])):
-        z = V @ h
-        h = activation(z)
-        h_pinv = pseudoinverse(h)
-        grad_h = -U.mT @ gradient[m + 1] @ h_pinv.mT
-        if h.shape[-1] < h.shape[-2]:
-            in_row_space = gradient[m + 1].mT @ U @ h_pinv.mT
-            grad_h = grad_h + in_row_space - h @ (h_pinv @ in_row_space)
-        result.append(gradient[m] @ V.mT + (activation.derivative(z) * grad_h) @ z.mT)
-    return result
+    T = [torch.zeros(*w.shape[:-1], w.shape[-2]).to(w).requires_grad_() for w in weights[:-1]]
+    with torch.enable_grad():
+        moved = act(weights, x, [torch.eye(t.shape[-1]).to(t) + t for t in T], activation)
+    loss, value, gradient = objective([w.detach() for w in moved])
+    return loss, value, torch.autograd.grad(moved, T, gradient)
 
 
 @torch.no_grad()
@@ -153,23 +145,20 @@ def ascend(objective, weights, x, lr, steps, activation, stop=INF, max_norm=INF)
     `group_elements`, for each pair the product of the steps' I + T_m.
     """
     identities = [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
-    if x.shape[-1] < max(len(identity) for identity in identities):
-        weights = act(weights, x, identities, activation)  # what is left of U is its refit
     path, total = [], identities
-    for step in range(steps + 1):
-        loss, value, gradient = objective(weights)
+    for _ in range(steps):
+        loss, value, slopes = ascent_direction(objective, weights, x, activation)
         path.append((loss, value))
-        if step < steps:
-            going = (value <= stop)[..., None, None]
-            rate = torch.as_tensor(lr).to(value)[..., None, None]
-            T = pull_back(gradient, weights, x, activation)
-            # where t is infinite 0 times t is not 0, and no step is taken
-            T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in T]
-            lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
-            T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
-            elements = [identity + t for identity, t in zip(identities, T)]
-            weights = act(weights, x, elements, activation)
-            total = [g @ before for g, before in zip(elements, total)]
+        going = (value <= stop)[..., None, None]
+        rate = torch.as_tensor(lr).to(value)[..., None, None]
+        # where a slope is infinite 0 times it is not 0, and no step is taken
+        T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in slopes]
+        lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
+        T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
+        elements = [identity + t for identity, t in zip(identities, T)]
+        weights = act(weights, x, elements, activation)
+        total = [g @ before for g, before in zip(elements, total)]
+    path.append(objective(weights)[:2])
     losses, values = (torch.stack(column) for column in zip(*path))
     warn_if_not_finite("a teleport's loss or objective", losses[-1] + values[-1])
     path = {"loss": losses, "objective": values, "group_elements": total}
@@ -348,51 +337,43 @@ def curvature_along(weights, x, generator, layer, activation):
     for w in weights[:layer]:
         h = activation(w @ h)
     V, U = weights[layer : layer + 2]
-    z = V @ h
-    a, slope = [activation(z)], activation.derivative(z)
-    d, n = a[0].shape[-2:]
+    d, n = V.shape[-2], h.shape[-1]
     if n < d:
         raise ValueError(f"a batch of {n} is too small: the least-squares refit needs {d} or more")
-    a_pinv = pseudoinverse(a[0])
-    gram_inverse = a_pinv.mT @ a_pinv  # (a a^T)^{-1}
-    outputs = U @ a[0]
-    V, U = [V], [U]  # and their derivatives
-    for k in (1, 2, 3):
-        V.append(generator @ V[-1])
-        z = generator @ z
-        a.append(slope * z)  # σ'' = 0
-        # U minimises |U a − outputs|, so U (a a^T) = outputs a^T: Leibniz' rule, solved for U^(k)
-        right = outputs @ a[k].mT
-        for j in range(k):
-            gram = sum(comb(k - j, i) * (a[i] @ a[k - j - i].mT) for i in range(k - j + 1))
-            right = right - comb(k, j) * (U[j] @ gram)
-        U.append(right @ gram_inverse)
-    first, second, third = ((V[k], U[k]) for k in (1, 2, 3))
-    kappa = curvature(first, second)
-    s, c = inner_product(first, first), inner_product(first, second)
-    e, f = inner_product(second, third), inner_product(first, third)
-    # κ² s³ = s |γ''|² − c², and s' = 2c, c' = |γ''|² + f, (|γ''|²)' = 2e
-    derivative = (s * e - c * f) / (kappa * s**3) - 3 * c * kappa / s
-    return kappa, derivative
+    zero, one = torch.zeros(2).to(h)
+    one = one + 1
+
+    def curve(t):
+        # exp(tM) but for the fourth order, which no derivative here sees
+        tM = t * generator
+        g = torch.eye(d).to(h) + tM + tM @ tM / 2 + tM @ tM @ tM / 6
+        return group_action(U, V, h, g, activation)
+
+    def derivative(function):
+        return lambda t: torch.func.jvp(function, (t,), (one,))[1]
+
+    def kappa(t):
+        return curvature(derivative(curve)(t), derivative(derivative(curve))(t))
+
+    return torch.func.jvp(kappa, (zero,), (one,))
 
 
 def sharpness_and_gradient(weights, x, y, directions, activation):
-    """Return φ [...], as `sharpness` does, and its gradient in the weights, in closed form.
+    """Return φ [...], as `sharpness` does, and its gradient in the weights.
 
     directions: an iterable of lists as `sharpness` takes them, shared by all runs and with the same
     number K of directions each, so that many need not be in memory at once.
     """
-    targets, z = one_hot(y, weights), weights[0] @ x
-    phi, delta_0, gradient, count = 0, 0, [0 for _ in weights], 0
+    # W_0 X is a leaf: it is computed, and its gradient taken to W_0, once for all directions
+    leaves = [w.detach().requires_grad_() for w in (weights[0] @ x, *weights[1:])]
+    phi, gradient, count = 0, [0 for _ in leaves], 0
     for block in directions:
-        for upper, z_k in perturbed(weights, z, x, block):
-            loss, inputs, deltas = backpropagate(upper, z_k, targets, activation)
-            phi = phi + loss.sum(-1)
-            delta_0 = delta_0 + deltas[0].sum(-3)
-            for m, (delta, h) in enumerate(zip(deltas[1:], inputs), start=1):
-                gradient[m] = gradient[m] + (delta @ h.mT).sum(-3)
-            count += loss.shape[-1]
-    gradient[0] = delta_0 @ x.mT
+        for upper, z in perturbed(leaves, leaves[0], x, block):
+            loss = cross_entropy_of_logits(propagate(upper, z, activation), y)
+            parts = torch.autograd.grad(loss.sum(), leaves)
+            gradient = [total + part for total, part in zip(gradient, parts)]
+            phi, count = phi + loss.detach().sum(-1), count + loss.shape[-1]
+    gradient[0] = gradient[0] @ x.mT
     return phi / count, [g / count for g in gradient]
 
 
@@ -428,7 +409,8 @@ def teleport_sharpness(
             [d.to(x) for d in random_directions(widths, [radius] * directions_per_radius, rng)]
             for radius in radii
         )
-        phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
+        with torch.enable_grad():
+            phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
         return cross_entropy(weights, x, y, activation), phi, gradient
 
     weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm)

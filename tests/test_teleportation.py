@@ -10,6 +10,7 @@ from models import cross_entropy, forward, init_weights
 from teleportation import (
     act,
     ascend,
+    ascent_direction,
     curvature,
     curvature_along,
     curve_derivatives,
@@ -17,7 +18,6 @@ from teleportation import (
     gradient_norm_squared,
     group_action,
     pseudoinverse,
-    pull_back,
     random_directions,
     random_generators,
     random_group_elements,
@@ -191,11 +191,20 @@ def test_generators_have_norm_one_and_come_from_their_seed():
         assert M.norm().item() == pytest.approx(1) and M.min() >= 0 and torch.equal(M, same)
 
 
+def norm_objective(x, y, activation):
+    """Return the objective |∇L|² as `ascend` takes it."""
+
+    def objective(weights):
+        leaves = [w.clone().requires_grad_() for w in weights]
+        norm = gradient_norm_squared(leaves, x, y, activation)
+        return norm.detach(), norm.detach(), torch.autograd.grad(norm.sum(), leaves)
+
+    return objective
+
+
 def norm_gradient_in_T(weights, x, y, activation):
-    """Return the gradient of |∇L|² in T_m at T = 0, from that in the weights."""
-    leaves = [w.clone().requires_grad_() for w in weights]
-    norm = gradient_norm_squared(leaves, x, y, activation).sum()
-    return pull_back(torch.autograd.grad(norm, leaves), weights, x, activation)
+    """Return the gradient of |∇L|² in T_m at T = 0."""
+    return ascent_direction(norm_objective(x, y, activation), weights, x, activation)[2]
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 6), (3, 6, 20)])
@@ -395,7 +404,9 @@ def test_curvature_along_is_that_of_finite_differences(case, activation):
 
 def test_curvature_along_needs_a_batch_as_large_as_the_layer(case, activation):
     weights, x, _, _, generators = case
-    with pytest.raises(ValueError, match="a batch of 4 is smaller than the layer, 5"):
+    with pytest.raises(
+        ValueError, match="a batch of 4 is too small: the least-squares refit needs 5 or more"
+    ):
         curvature_along(weights, x[:, :4], generators[1], 1, activation)
 
 
