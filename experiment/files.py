@@ -231,6 +231,7 @@ def resume(path, settings, start, step, steps, bar, every=1):
     """
     state = load(path, settings)
     if state is None:
+        Path(path).unlink(missing_ok=True)  # a damaged one
         state = as_arrays(start()) | {"steps": 0}
     first = int(state["steps"])
     bar.update(min(first, steps))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 
 from experiment import files
 from experiment.files import UserError
@@ -213,3 +214,11 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     assert again.stdout == done.stdout
     other = call(script, *options, "--plot-only", "--epochs", "9")
     assert other.returncode == 2 and "run without --plot-only" in other.stderr
+
+
+def test_the_seconds_of_moves_are_those_they_took():
+    data = load_sample("MNIST")
+    weights = [w.repeat(2, 1, 1, 1) for w in init_weights(WIDTHS, [1, 2])]
+    start = time.perf_counter()
+    _, seconds = script.move(weights, ["plain", "kept"], data, 0, 5e-2)
+    assert 0 <= seconds[0] < seconds[1] < time.perf_counter() - start

@@ -279,3 +279,5 @@ def test_the_summary_says_what_made_up_results_say():
     row = "| sharpness decrease − plain (claim: changes little) | +1000.0 [+1000.0, +1000.0]"
     assert row in text and "| refit − plain | +7000.0 [" in text
     assert "| MNIST, refit | 5 | 5 | 5 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| MNIST, ")]
+    assert len(rows) == arms - 1  # plain does not move

@@ -404,9 +404,7 @@ def test_curvature_along_is_that_of_finite_differences(case, activation):
 
 def test_curvature_along_needs_a_batch_as_large_as_the_layer(case, activation):
     weights, x, _, _, generators = case
-    with pytest.raises(
-        ValueError, match="a batch of 4 is too small: the least-squares refit needs 5 or more"
-    ):
+    with pytest.raises(ValueError, match="a batch of 4 is too small: the least-squares refit needs 5 or more"):
         curvature_along(weights, x[:, :4], generators[1], 1, activation)
 
 
@@ -489,7 +487,7 @@ def test_a_step_in_curvature_is_no_longer_than_the_longest(case, activation):
 
 def test_a_step_in_sharpness_is_no_longer_than_the_longest(case, activation):
     weights, x, y, *_ = case
-    draws = {"radii": [0.5], "number": 2, "seed": 4, "activation": activation}
+    draws = {"radii": [0.5], "directions_per_radius": 2, "seed": 4, "activation": activation}
     lr = torch.tensor([1e-3, 1e9, -1e9]).double()
     _, free = teleport_sharpness(weights, x, y, lr, 1, **draws, return_path=True)
     _, cut = teleport_sharpness(weights, x, y, lr, 1, **draws, max_norm=0.5, return_path=True)
