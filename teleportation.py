@@ -5,7 +5,9 @@ sample; leading dimensions are runs. Equation numbers are the paper's.
 """
 
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +77,8 @@ def inverse_group_action(U, V, h, g, activation):
     rank, which needs n <= d_in. Warns and raises as `pseudoinverse` does.
     """
     V_new = activation.inverse(g @ activation(V @ h)) @ pseudoinverse(h)
-    return torch.linalg.solve(g, U, left=False), V_new
+    # not torch.linalg.solve, whose nested forward derivatives are wrong in torch 2.13
+    return U @ torch.linalg.inv(g), V_new
 
 
 def inverse_group_action_first_order(U, V, h, h_pinv, T, activation):
@@ -89,17 +92,52 @@ def inverse_group_action_first_order(U, V, h, h_pinv, T, activation):
     return U - U @ T, activation.inverse(a + T @ a) @ h_pinv
 
 
-def act(weights, x, group_elements, activation):
+def rescaling(U, V, h, g, activation):
+    """Act with a diagonal, positive g: V' = gV, U' = U g^{-1}; return (U', V').
+
+    The network's function is kept, on all inputs and up to rounding, for any positively homogeneous
+    activation: σ(cz) = c σ(z) for c > 0. h is not used. Shapes are those of `group_action`.
+    """
+    scale = g.diagonal(dim1=-2, dim2=-1)
+    return U / scale[..., None, :], scale[..., None] * V
+
+
+class Action(NamedTuple):
+    """How a group acts on a pair of layers, and which T it allows.
+
+    A new action is a new Action: what ascends, and what derives along exp(tM), follows from it.
+    """
+
+    act: Callable  # (U, V, h, g, activation) -> (U', V')
+    takes: Callable  # activation -> whether the action is defined for it
+    project: Callable = lambda T: T  # the allowed T that is nearest to T: [..., d, d]
+    element: Callable = lambda T: torch.eye(T.shape[-1]).to(T) + T  # g, which is I at T = 0
+
+
+PSEUDOINVERSE = Action(group_action, lambda activation: True)
+INVERSE_ACTIVATION = Action(inverse_group_action, lambda activation: hasattr(activation, "inverse"))
+RESCALING = Action(
+    rescaling,
+    lambda activation: getattr(activation, "homogeneous", False),
+    lambda T: torch.diag_embed(T.diagonal(dim1=-2, dim2=-1)),
+    torch.linalg.matrix_exp,
+)
+
+
+def act(weights, x, group_elements, activation, action=PSEUDOINVERSE):
     """Act on a whole network, pair by pair from the input upwards; return the new weights.
 
     group_elements: g_m: [..., d_{m+1}, d_{m+1}] for each pair. The hidden input of a pair is that
-    of the network as transformed so far. x: [d_0, n].
+    of the network as transformed so far. x: [d_0, n]. Raises ValueError where the inputs do not
+    fit, or the action is not defined for the activation.
     """
     check_batch(weights, x)
+    if not action.takes(activation):
+        raise ValueError(f"{action.act.__name__} is not defined for {activation}")
     weights, h = list(weights), x
     for m, g in enumerate(group_elements):
         V, U = weights[m : m + 2]
-        weights[m + 1], weights[m] = group_action(U, V, h, g, activation)
+        weights[m + 1], weights[m] = action.act(U, V, h, g, activation)
         h = activation(weights[m] @ h)
     return weights
 
@@ -119,75 +157,106 @@ def gradient_norm_squared(weights, x, y, activation):
     return warn_if_not_finite("|∇L|²", norm)
 
 
-def ascent_direction(objective, weights, x, activation):
-    """Return loss and objective, [...], and the objective's gradient in T_m at T = 0, a list.
+@torch.enable_grad()
+def value_and_gradient(objective, weights):
+    """Return objective(weights): [...], and its gradient in the weights, a list like them.
 
-    I + T_m acts on the m-th pair of layers, with the hidden activations of x: [d_0, n]. objective
-    is as `ascend` takes it, and is evaluated where T = 0 leads: with fewer samples than units the
-    pseudoinverse action refits U there.
+    An objective that has an attribute of this name is asked itself.
+    """
+    if hasattr(objective, "value_and_gradient"):
+        return objective.value_and_gradient(weights)
+    leaves = [w.detach().requires_grad_() for w in weights]
+    value = objective(leaves)
+    return value.detach(), torch.autograd.grad(value.sum(), leaves)
+
+
+def ascent_direction(objective, weights, x, activation, action=PSEUDOINVERSE):
+    """Return the objective [...] and its gradient in T_m at T = 0, projected onto the allowed T.
+
+    The element of T_m acts on the m-th pair of layers, with the hidden activations of x: [d_0, n].
+    The objective is evaluated where T = 0 leads: with fewer samples than units the pseudoinverse
+    action refits U there.
     """
     T = [torch.zeros(*w.shape[:-1], w.shape[-2]).to(w).requires_grad_() for w in weights[:-1]]
     with torch.enable_grad():
-        moved = act(weights, x, [torch.eye(t.shape[-1]).to(t) + t for t in T], activation)
-    loss, value, gradient = objective([w.detach() for w in moved])
-    return loss, value, torch.autograd.grad(moved, T, gradient)
+        moved = act(weights, x, [action.element(t) for t in T], activation, action)
+    value, gradient = value_and_gradient(objective, [w.detach() for w in moved])
+    return value, [action.project(t) for t in torch.autograd.grad(moved, T, gradient)]
 
 
 @torch.no_grad()
-def ascend(objective, weights, x, lr, steps, activation, stop=INF, max_norm=INF):
-    """Move weights along their orbit by gradient ascent on T_m, with I + T_m acting on each pair.
+def ascend(
+    objective,
+    weights,
+    x,
+    lr,
+    steps,
+    activation,
+    stop=INF,
+    max_norm=INF,
+    action=PSEUDOINVERSE,
+    loss=None,
+):
+    """Move weights along their orbit by gradient ascent on T_m, whose element acts on each pair.
 
-    objective(weights) returns the loss [...], what is to grow [...], and its gradient in the
-    weights, a list like them; the group acts with the hidden activations of x: [d_0, n]. Each step
-    starts from T = 0; a run whose objective is above `stop` stays where it is, and a step is cut
-    where |T_m|_F is above `max_norm`. lr: a number or a tensor [...], negative to descend. Returns
-    the new weights and the path: `loss` and `objective` [steps + 1, ...] on x, and
-    `group_elements`, for each pair the product of the steps' I + T_m.
+    objective(weights) returns what is to grow, [...]; the group acts with the hidden activations of
+    x: [d_0, n]. Each step starts from T = 0; a run whose objective is above `stop` stays where it
+    is, and a step is cut where |T_m|_F is above `max_norm`. lr: a number or a tensor [...],
+    negative to descend. Returns the new weights and the path: `objective` [steps + 1, ...],
+    `group_elements`, for each pair the product of the steps', and where loss(weights): [...] is
+    given `loss`, like the objective.
+
+    |∇L|² has no bound along rescalings: only the number of steps and `stop` end a teleport there.
     """
-    identities = [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
-    path, total = [], identities
+    path, losses, total = [], [], [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
     for _ in range(steps):
-        loss, value, slopes = ascent_direction(objective, weights, x, activation)
-        path.append((loss, value))
+        losses += [loss(weights)] if loss else []
+        value, slopes = ascent_direction(objective, weights, x, activation, action)
+        path.append(value)
         going = (value <= stop)[..., None, None]
         rate = torch.as_tensor(lr).to(value)[..., None, None]
         # where a slope is infinite 0 times it is not 0, and no step is taken
         T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in slopes]
         lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
         T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
-        elements = [identity + t for identity, t in zip(identities, T)]
-        weights = act(weights, x, elements, activation)
+        elements = [action.element(t) for t in T]
+        weights = act(weights, x, elements, activation, action)
         total = [g @ before for g, before in zip(elements, total)]
-    path.append(objective(weights)[:2])
-    losses, values = (torch.stack(column) for column in zip(*path))
-    warn_if_not_finite("a teleport's loss or objective", losses[-1] + values[-1])
-    path = {"loss": losses, "objective": values, "group_elements": total}
-    return weights, path
+    path.append(value_and_gradient(objective, weights)[0])
+    losses += [loss(weights)] if loss else []
+    warn_if_not_finite("a teleport's objective", path[-1])
+    path = {"objective": torch.stack(path), "group_elements": total}
+    return weights, path | ({"loss": torch.stack(losses)} if loss else {})
 
 
 @torch.no_grad()
-def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False):
+def teleport(
+    weights, x, y, lr, steps, activation, cap=100.0, return_path=False, action=PSEUDOINVERSE
+):
     """Teleport to a larger gradient: `steps` steps of ascent on |∇L|² over the batch x, y.
 
     A run stops early where |∇L|² > cap. x: [d_0, n], y: [n]; weights: [..., d_{m+1}, d_m], and
     every run of a stack moves alone. Returns the new weights and, with return_path, the path that
-    `ascend` describes; its objective is |∇L|².
+    `ascend` describes; its objective is |∇L|². Raises ValueError where the inputs do not fit.
     """
     check_batch(weights, x, y)
-    # x meets the first layer through its span alone, with X = QR: n inputs are left of d_0
     first_layer = weights[0]
-    q, x = torch.linalg.qr(x)
+    if action.act is not inverse_group_action:
+        # V' = gV: x meets the first layer through its span alone, with X = QR; n inputs are left
+        q, x = torch.linalg.qr(x)
+        weights = [first_layer @ q, *weights[1:]]
 
     def objective(weights):
-        with torch.enable_grad():
-            leaves = [w.detach().requires_grad_() for w in weights]
-            loss, norm = loss_and_gradient_norm_squared(leaves, x, y, activation)
-            gradient = torch.autograd.grad(norm.sum(), leaves)
-        return loss.detach(), norm.detach(), gradient
+        return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
 
-    weights = [first_layer @ q, *weights[1:]]
-    weights, path = ascend(objective, weights, x, lr, steps, activation, stop=cap)
-    weights[0] = path["group_elements"][0] @ first_layer
+    def loss(weights):
+        return cross_entropy(weights, x, y, activation)
+
+    weights, path = ascend(
+        objective, weights, x, lr, steps, activation, cap, action=action, loss=loss
+    )
+    if action.act is not inverse_group_action:
+        weights[0] = path["group_elements"][0] @ first_layer
     return (weights, path) if return_path else weights
 
 
@@ -264,16 +333,36 @@ def sharpness(weights, x, y, directions, activation):
     return warn_if_not_finite("φ", total / directions[0].shape[-3])
 
 
-def curve_derivatives(weights, x, generators, activation):
+def exponential(tM):
+    """Return exp(tM) to third order, which is all that three derivatives at t = 0 see."""
+    return torch.eye(tM.shape[-1]).to(tM) + tM + tM @ tM / 2 + tM @ tM @ tM / 6
+
+
+def derivative(curve):
+    """Return the derivative of a function of a number t, in forward mode."""
+    return lambda t: torch.func.jvp(curve, (t,), (torch.ones_like(t),))[1]
+
+
+def curve_derivatives(weights, x, generators, activation, exact=False):
     """Return γ'(0) and γ''(0) of the curve g_m = exp(t M_m), each a list like the weights.
 
-    The network is acted on at every pair by the inverse-activation action; this is the paper's
-    closed form (Eqs. 57, 60), with the hidden activations untransformed. x: [d_0, n];
-    generators: M[m]: [..., d_{m+1}, d_{m+1}], one for each pair of layers. The pseudoinverse of x
-    is computed once for all runs.
+    The network is acted on at every pair by the inverse-activation action. This is the paper's
+    closed form (Eqs. 57, 60), with the hidden activations untransformed. Its γ'' leaves out the
+    mixed derivative of a weight that is V of one pair and U of the pair below; `exact` gives the
+    derivatives of the curve itself. x: [d_0, n]; generators: M[m]: [..., d_{m+1}, d_{m+1}], one for
+    each pair. The pseudoinverse of x is computed once for all runs. Raises ValueError where the
+    inputs do not fit.
     """
     check_batch(weights, x)
     check_square(weights, dict(enumerate(generators)), len(weights) - 1)
+    if exact:
+
+        def curve(t):
+            elements = [exponential(t * M) for M in generators]
+            return act(weights, x, elements, activation, INVERSE_ACTIVATION)
+
+        zero = torch.zeros(()).to(x)
+        return derivative(curve)(zero), derivative(derivative(curve))(zero)
     first = [torch.zeros_like(w) for w in weights]
     second = [torch.zeros_like(w) for w in weights]
     h = x
@@ -323,10 +412,10 @@ def curvature(first, second):
     return area2.clamp(min=0).sqrt() / speed2**1.5
 
 
-def curvature_along(weights, x, generator, layer, activation):
+def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVERSE):
     """Return κ [...] and dκ/dt [...] at t = 0 along the curve g = exp(tM) at one pair of layers.
 
-    The pseudoinverse action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
+    The action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
     [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
     (n >= d). κ and dκ/dt are nan where the curve stands still or is straight. Raises ValueError
     where n < d.
@@ -340,24 +429,18 @@ def curvature_along(weights, x, generator, layer, activation):
     d, n = V.shape[-2], h.shape[-1]
     if n < d:
         raise ValueError(f"a batch of {n} is too small: the least-squares refit needs {d} or more")
-    zero, one = torch.zeros(2).to(h)
-    one = one + 1
 
     def curve(t):
-        # exp(tM) but for the fourth order, which no derivative here sees
-        tM = t * generator
-        g = torch.eye(d).to(h) + tM + tM @ tM / 2 + tM @ tM @ tM / 6
-        return group_action(U, V, h, g, activation)
-
-    def derivative(function):
-        return lambda t: torch.func.jvp(function, (t,), (one,))[1]
+        return action.act(U, V, h, exponential(t * generator), activation)
 
     def kappa(t):
         return curvature(derivative(curve)(t), derivative(derivative(curve))(t))
 
-    return torch.func.jvp(kappa, (zero,), (one,))
+    zero = torch.zeros(()).to(h)
+    return torch.func.jvp(kappa, (zero,), (torch.ones_like(zero),))
 
 
+@torch.enable_grad()
 def sharpness_and_gradient(weights, x, y, directions, activation):
     """Return φ [...], as `sharpness` does, and its gradient in the weights.
 
@@ -391,6 +474,7 @@ def teleport_sharpness(
     stop=INF,
     max_norm=INF,
     return_path=False,
+    action=PSEUDOINVERSE,
 ):
     """Teleport to another sharpness: ascent, or descent where lr < 0, on the mean perturbed loss.
 
@@ -409,16 +493,22 @@ def teleport_sharpness(
             [d.to(x) for d in random_directions(widths, [radius] * directions_per_radius, rng)]
             for radius in radii
         )
-        with torch.enable_grad():
-            phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
-        return cross_entropy(weights, x, y, activation), phi, gradient
+        return sharpness_and_gradient(weights, x, y, blocks, activation)
 
-    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm)
+    def loss(weights):
+        return cross_entropy(weights, x, y, activation)
+
+    objective.value_and_gradient = objective
+    weights, path = ascend(
+        objective, weights, x, lr, steps, activation, stop, max_norm, action, loss
+    )
     return (weights, path) if return_path else weights
 
 
 @torch.no_grad()
-def teleport_curvature(weights, x, lr, generators, activation, layer=1, max_norm=INF):
+def teleport_curvature(
+    weights, x, lr, generators, activation, layer=1, max_norm=INF, action=PSEUDOINVERSE
+):
     """Teleport to another curvature: a step t = lr dκ/dt along exp(tM) for each M of `generators`.
 
     The action is on the pair `layer` alone. generators: M: [d, d], one for each step, shared by
@@ -434,13 +524,13 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, max_norm
     for w in weights[:layer]:
         h = activation(w @ h)
     for M in generators:
-        _, derivative = curvature_along(weights, x, M, layer, activation)
+        _, slope = curvature_along(weights, x, M, layer, activation, action)
         most = max_norm / M.norm()
         # a run whose activations lost their rank has no derivative: it stays
-        t = (lr * derivative).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
+        t = (lr * slope).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
         g = torch.linalg.matrix_exp(t[..., None, None] * M)
         V, U = weights[layer : layer + 2]
-        weights[layer + 1], weights[layer] = group_action(U, V, h, g, activation)
+        weights[layer + 1], weights[layer] = action.act(U, V, h, g, activation)
         total = g @ total
     return weights, total
 
