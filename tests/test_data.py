@@ -321,7 +321,7 @@ def test_an_unwritable_folder_gives_its_sentence(tmp_path):
     assert status == 2
     assert stderr == (
         f"data.py: no file can be written to {tmp_path}/file/MNIST/raw (Not a directory): "
-        "mend that, or choose another folder for the data.\n"
+        "fix this, or choose another folder for the data.\n"
     )
 
 
