@@ -15,7 +15,6 @@ import torch
 from models import (
     backpropagate,
     check_batch,
-    cross_entropy,
     cross_entropy_of_logits,
     one_hot,
     propagate,
@@ -195,22 +194,19 @@ def ascend(
     stop=INF,
     max_norm=INF,
     action=PSEUDOINVERSE,
-    loss=None,
 ):
     """Move weights along their orbit by gradient ascent on T_m, whose element acts on each pair.
 
     objective(weights) returns what is to grow, [...]; the group acts with the hidden activations of
     x: [d_0, n]. Each step starts from T = 0; a run whose objective is above `stop` stays where it
     is, and a step is cut where |T_m|_F is above `max_norm`. lr: a number or a tensor [...],
-    negative to descend. Returns the new weights and the path: `objective` [steps + 1, ...],
-    `group_elements`, for each pair the product of the steps', and where loss(weights): [...] is
-    given `loss`, like the objective.
+    negative to descend. Returns the new weights and the path: `objective` [steps + 1, ...], and
+    `group_elements`, for each pair the product of the steps'.
 
     |∇L|² has no bound along rescalings: only the number of steps and `stop` end a teleport there.
     """
-    path, losses, total = [], [], [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
+    path, total = [], [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
     for _ in range(steps):
-        losses += [loss(weights)] if loss else []
         value, slopes = ascent_direction(objective, weights, x, activation, action)
         path.append(value)
         going = (value <= stop)[..., None, None]
@@ -222,11 +218,9 @@ def ascend(
         elements = [action.element(t) for t in T]
         weights = act(weights, x, elements, activation, action)
         total = [g @ before for g, before in zip(elements, total)]
-    path.append(value_and_gradient(objective, weights)[0])
-    losses += [loss(weights)] if loss else []
+    path.append(objective(weights))
     warn_if_not_finite("a teleport's objective", path[-1])
-    path = {"objective": torch.stack(path), "group_elements": total}
-    return weights, path | ({"loss": torch.stack(losses)} if loss else {})
+    return weights, {"objective": torch.stack(path), "group_elements": total}
 
 
 @torch.no_grad()
@@ -249,12 +243,7 @@ def teleport(
     def objective(weights):
         return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
 
-    def loss(weights):
-        return cross_entropy(weights, x, y, activation)
-
-    weights, path = ascend(
-        objective, weights, x, lr, steps, activation, cap, action=action, loss=loss
-    )
+    weights, path = ascend(objective, weights, x, lr, steps, activation, cap, action=action)
     if action.act is not inverse_group_action:
         weights[0] = path["group_elements"][0] @ first_layer
     return (weights, path) if return_path else weights
@@ -488,20 +477,19 @@ def teleport_sharpness(
     widths = [len(x), *(w.shape[-2] for w in weights)]
     rng = torch.Generator().manual_seed(seed)
 
+    def draw():
+        for radius in radii:
+            directions = random_directions(widths, [radius] * directions_per_radius, rng)
+            yield [d.to(x) for d in directions]
+
     def objective(weights):
-        blocks = (
-            [d.to(x) for d in random_directions(widths, [radius] * directions_per_radius, rng)]
-            for radius in radii
-        )
-        return sharpness_and_gradient(weights, x, y, blocks, activation)
+        return sum(sharpness(weights, x, y, block, activation) for block in draw()) / len(radii)
 
-    def loss(weights):
-        return cross_entropy(weights, x, y, activation)
+    def with_gradient(weights):
+        return sharpness_and_gradient(weights, x, y, draw(), activation)
 
-    objective.value_and_gradient = objective
-    weights, path = ascend(
-        objective, weights, x, lr, steps, activation, stop, max_norm, action, loss
-    )
+    objective.value_and_gradient = with_gradient
+    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm, action)
     return (weights, path) if return_path else weights
 
 

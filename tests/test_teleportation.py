@@ -253,7 +253,8 @@ def test_one_step_is_the_published_one_to_first_order(golden, activation):
     weights, path = teleport(
         golden["weights"], golden["x"], golden["y"], 0.05, 1, activation, return_path=True
     )
-    assert path["loss"][1].item() == pytest.approx(expected["loss"], abs=1e-6)
+    loss = cross_entropy(weights, golden["x"], golden["y"], activation)
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-6)
     assert path["objective"][1].item() == pytest.approx(expected["gradient_norm_squared"], abs=1e-6)
     assert norms(weights) == pytest.approx(expected["weight_norms"], abs=1e-4)
 
@@ -312,15 +313,13 @@ def test_a_stack_teleports_as_its_members_do_alone(case, activation):
             [w[run] for w in weights], x, y, 0.05, 4, activation, return_path=True
         )
         torch.testing.assert_close([w[run] for w in stacked], alone)
-        for key in ("loss", "objective"):
-            torch.testing.assert_close(path[key][:, run], path_alone[key])
+        torch.testing.assert_close(path["objective"][:, run], path_alone["objective"])
 
 
 def test_the_path_says_what_happened(case, activation):
     weights, x, y, *_ = case
     moved, path = teleport(weights, x, y, 0.05, 4, activation, return_path=True)
     for end, w in ((0, weights), (-1, moved)):
-        torch.testing.assert_close(path["loss"][end], cross_entropy(w, x, y, activation))
         torch.testing.assert_close(
             path["objective"][end], gradient_norm_squared(w, x, y, activation)
         )
