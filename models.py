@@ -44,8 +44,14 @@ def run_seeds(runs):
     return [(i + 1) * SEED for i in runs]
 
 
+# An activation is called elementwise and has a derivative. An action may need its inverse, or that
+# it is positively homogeneous: σ(cz) = c σ(z) for c > 0.
+
+
 class LeakyReLU(nn.LeakyReLU):
     """LeakyReLU with slope 0.1 as in the paper, with its inverse and its derivative."""
+
+    homogeneous = True
 
     def __init__(self, negative_slope=0.1):
         super().__init__(negative_slope)
@@ -57,6 +63,42 @@ class LeakyReLU(nn.LeakyReLU):
     def derivative(self, x):
         """Return σ'(x), elementwise; at 0 it is the slope, as in torch's backward pass."""
         return (x > 0).to(x.dtype).clamp(min=self.negative_slope)
+
+
+class ReLU(nn.ReLU):
+    """ReLU, which has no inverse."""
+
+    homogeneous = True
+
+    def derivative(self, x):
+        """Return σ'(x), elementwise; 0 at 0."""
+        return (x > 0).to(x.dtype)
+
+
+class Tanh(nn.Tanh):
+    """The hyperbolic tangent, with its inverse on (−1, 1) and its derivative."""
+
+    def inverse(self, x):
+        """Return σ^{-1}(x), elementwise; nan outside of [−1, 1]."""
+        return x.atanh()
+
+    def derivative(self, x):
+        """Return σ'(x), elementwise."""
+        return 1 - x.tanh() ** 2
+
+
+class Identity(nn.Identity):
+    """The identity, for linear networks."""
+
+    homogeneous = True
+
+    def inverse(self, x):
+        """Return x."""
+        return x
+
+    def derivative(self, x):
+        """Return ones."""
+        return torch.ones_like(x)
 
 
 def init_weights(widths, seeds):

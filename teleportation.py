@@ -5,8 +5,9 @@ sample; leading dimensions are runs. Equation numbers are the paper's.
 """
 
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
-from math import comb
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ import torch
 from models import (
     backpropagate,
     check_batch,
-    cross_entropy,
     cross_entropy_of_logits,
     one_hot,
     propagate,
@@ -76,7 +76,8 @@ def inverse_group_action(U, V, h, g, activation):
     rank, which needs n <= d_in. Warns and raises as `pseudoinverse` does.
     """
     V_new = activation.inverse(g @ activation(V @ h)) @ pseudoinverse(h)
-    return torch.linalg.solve(g, U, left=False), V_new
+    # not torch.linalg.solve, whose nested forward derivatives are wrong in torch 2.13
+    return U @ torch.linalg.inv(g), V_new
 
 
 def inverse_group_action_first_order(U, V, h, h_pinv, T, activation):
@@ -90,17 +91,52 @@ def inverse_group_action_first_order(U, V, h, h_pinv, T, activation):
     return U - U @ T, activation.inverse(a + T @ a) @ h_pinv
 
 
-def act(weights, x, group_elements, activation):
+def rescaling(U, V, h, g, activation):
+    """Act with a diagonal, positive g: V' = gV, U' = U g^{-1}; return (U', V').
+
+    The network's function is kept, on all inputs and up to rounding, for any positively homogeneous
+    activation: σ(cz) = c σ(z) for c > 0. h is not used. Shapes are those of `group_action`.
+    """
+    scale = g.diagonal(dim1=-2, dim2=-1)
+    return U / scale[..., None, :], scale[..., None] * V
+
+
+class Action(NamedTuple):
+    """How a group acts on a pair of layers, and which T it allows.
+
+    A new action is a new Action: what ascends, and what derives along exp(tM), follows from it.
+    """
+
+    act: Callable  # (U, V, h, g, activation) -> (U', V')
+    takes: Callable  # activation -> whether the action is defined for it
+    project: Callable = lambda T: T  # the allowed T that is nearest to T: [..., d, d]
+    element: Callable = lambda T: torch.eye(T.shape[-1]).to(T) + T  # g, which is I at T = 0
+
+
+PSEUDOINVERSE = Action(group_action, lambda activation: True)
+INVERSE_ACTIVATION = Action(inverse_group_action, lambda activation: hasattr(activation, "inverse"))
+RESCALING = Action(
+    rescaling,
+    lambda activation: getattr(activation, "homogeneous", False),
+    lambda T: torch.diag_embed(T.diagonal(dim1=-2, dim2=-1)),
+    torch.linalg.matrix_exp,
+)
+
+
+def act(weights, x, group_elements, activation, action=PSEUDOINVERSE):
     """Act on a whole network, pair by pair from the input upwards; return the new weights.
 
     group_elements: g_m: [..., d_{m+1}, d_{m+1}] for each pair. The hidden input of a pair is that
-    of the network as transformed so far. x: [d_0, n].
+    of the network as transformed so far. x: [d_0, n]. Raises ValueError where the inputs do not
+    fit, or the action is not defined for the activation.
     """
     check_batch(weights, x)
+    if not action.takes(activation):
+        raise ValueError(f"{action.act.__name__} is not defined for {activation}")
     weights, h = list(weights), x
     for m, g in enumerate(group_elements):
         V, U = weights[m : m + 2]
-        weights[m + 1], weights[m] = group_action(U, V, h, g, activation)
+        weights[m + 1], weights[m] = action.act(U, V, h, g, activation)
         h = activation(weights[m] @ h)
     return weights
 
@@ -120,85 +156,96 @@ def gradient_norm_squared(weights, x, y, activation):
     return warn_if_not_finite("|∇L|²", norm)
 
 
-def pull_back(gradient, weights, x, activation):
-    """Return an objective's gradient in T_m at T = 0, where I + T_m acts on the m-th pair.
+@torch.enable_grad()
+def value_and_gradient(objective, weights):
+    """Return objective(weights): [...], and its gradient in the weights, a list like them.
 
-    gradient: the objective's gradient in the weights, a list like them. To first order in T, with
-    z = Vh, h' = σ(z) and P = h' h'^+, the pseudoinverse action is dV = TV and
-    dU = −U P dh' h'^+ + U h'^{+T} dh'^T (I − P), dh' = σ'(z) ∘ Tz. The second term vanishes where
-    h' has full row rank (n >= d), since P = I there; elsewhere U must be refitted already: U = UP.
+    An objective that has an attribute of this name is asked itself.
     """
-    h, result = x, []
-    for m, (V, U) in enumerate(zip(weights, weights[1:])):
-        z = V @ h
-        h = activation(z)
-        h_pinv = pseudoinverse(h)
-        grad_h = -U.mT @ gradient[m + 1] @ h_pinv.mT
-        if h.shape[-1] < h.shape[-2]:
-            in_row_space = gradient[m + 1].mT @ U @ h_pinv.mT
-            grad_h = grad_h + in_row_space - h @ (h_pinv @ in_row_space)
-        result.append(gradient[m] @ V.mT + (activation.derivative(z) * grad_h) @ z.mT)
-    return result
+    if hasattr(objective, "value_and_gradient"):
+        return objective.value_and_gradient(weights)
+    leaves = [w.detach().requires_grad_() for w in weights]
+    value = objective(leaves)
+    return value.detach(), torch.autograd.grad(value.sum(), leaves)
+
+
+def ascent_direction(objective, weights, x, activation, action=PSEUDOINVERSE):
+    """Return the objective [...] and its gradient in T_m at T = 0, projected onto the allowed T.
+
+    The element of T_m acts on the m-th pair of layers, with the hidden activations of x: [d_0, n].
+    The objective is evaluated where T = 0 leads: with fewer samples than units the pseudoinverse
+    action refits U there.
+    """
+    T = [torch.zeros(*w.shape[:-1], w.shape[-2]).to(w).requires_grad_() for w in weights[:-1]]
+    with torch.enable_grad():
+        moved = act(weights, x, [action.element(t) for t in T], activation, action)
+    value, gradient = value_and_gradient(objective, [w.detach() for w in moved])
+    return value, [action.project(t) for t in torch.autograd.grad(moved, T, gradient)]
 
 
 @torch.no_grad()
-def ascend(objective, weights, x, lr, steps, activation, stop=INF, max_norm=INF):
-    """Move weights along their orbit by gradient ascent on T_m, with I + T_m acting on each pair.
+def ascend(
+    objective,
+    weights,
+    x,
+    lr,
+    steps,
+    activation,
+    stop=INF,
+    max_norm=INF,
+    action=PSEUDOINVERSE,
+):
+    """Move weights along their orbit by gradient ascent on T_m, whose element acts on each pair.
 
-    objective(weights) returns the loss [...], what is to grow [...], and its gradient in the
-    weights, a list like them; the group acts with the hidden activations of x: [d_0, n]. Each step
-    starts from T = 0; a run whose objective is above `stop` stays where it is, and a step is cut
-    where |T_m|_F is above `max_norm`. lr: a number or a tensor [...], negative to descend. Returns
-    the new weights and the path: `loss` and `objective` [steps + 1, ...] on x, and
-    `group_elements`, for each pair the product of the steps' I + T_m.
+    objective(weights) returns what is to grow, [...]; the group acts with the hidden activations of
+    x: [d_0, n]. Each step starts from T = 0; a run whose objective is above `stop` stays where it
+    is, and a step is cut where |T_m|_F is above `max_norm`. lr: a number or a tensor [...],
+    negative to descend. Returns the new weights and the path: `objective` [steps + 1, ...], and
+    `group_elements`, for each pair the product of the steps'.
+
+    |∇L|² has no bound along rescalings: only the number of steps and `stop` end a teleport there.
     """
-    identities = [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
-    if x.shape[-1] < max(len(identity) for identity in identities):
-        weights = act(weights, x, identities, activation)  # what is left of U is its refit
-    path, total = [], identities
-    for step in range(steps + 1):
-        loss, value, gradient = objective(weights)
-        path.append((loss, value))
-        if step < steps:
-            going = (value <= stop)[..., None, None]
-            rate = torch.as_tensor(lr).to(value)[..., None, None]
-            T = pull_back(gradient, weights, x, activation)
-            # where t is infinite 0 times t is not 0, and no step is taken
-            T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in T]
-            lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
-            T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
-            elements = [identity + t for identity, t in zip(identities, T)]
-            weights = act(weights, x, elements, activation)
-            total = [g @ before for g, before in zip(elements, total)]
-    losses, values = (torch.stack(column) for column in zip(*path))
-    warn_if_not_finite("a teleport's loss or objective", losses[-1] + values[-1])
-    path = {"loss": losses, "objective": values, "group_elements": total}
-    return weights, path
+    path, total = [], [torch.eye(w.shape[-2]).to(w) for w in weights[:-1]]
+    for _ in range(steps):
+        value, slopes = ascent_direction(objective, weights, x, activation, action)
+        path.append(value)
+        going = (value <= stop)[..., None, None]
+        rate = torch.as_tensor(lr).to(value)[..., None, None]
+        # where a slope is infinite 0 times it is not 0, and no step is taken
+        T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in slopes]
+        lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
+        T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
+        elements = [action.element(t) for t in T]
+        weights = act(weights, x, elements, activation, action)
+        total = [g @ before for g, before in zip(elements, total)]
+    path.append(objective(weights))
+    warn_if_not_finite("a teleport's objective", path[-1])
+    return weights, {"objective": torch.stack(path), "group_elements": total}
 
 
 @torch.no_grad()
-def teleport(weights, x, y, lr, steps, activation, cap=100.0, return_path=False):
+def teleport(
+    weights, x, y, lr, steps, activation, cap=100.0, return_path=False, action=PSEUDOINVERSE
+):
     """Teleport to a larger gradient: `steps` steps of ascent on |∇L|² over the batch x, y.
 
     A run stops early where |∇L|² > cap. x: [d_0, n], y: [n]; weights: [..., d_{m+1}, d_m], and
     every run of a stack moves alone. Returns the new weights and, with return_path, the path that
-    `ascend` describes; its objective is |∇L|².
+    `ascend` describes; its objective is |∇L|². Raises ValueError where the inputs do not fit.
     """
     check_batch(weights, x, y)
-    # x meets the first layer through its span alone, with X = QR: n inputs are left of d_0
     first_layer = weights[0]
-    q, x = torch.linalg.qr(x)
+    if action.act is not inverse_group_action:
+        # V' = gV: x meets the first layer through its span alone, with X = QR; n inputs are left
+        q, x = torch.linalg.qr(x)
+        weights = [first_layer @ q, *weights[1:]]
 
     def objective(weights):
-        with torch.enable_grad():
-            leaves = [w.detach().requires_grad_() for w in weights]
-            loss, norm = loss_and_gradient_norm_squared(leaves, x, y, activation)
-            gradient = torch.autograd.grad(norm.sum(), leaves)
-        return loss.detach(), norm.detach(), gradient
+        return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
 
-    weights = [first_layer @ q, *weights[1:]]
-    weights, path = ascend(objective, weights, x, lr, steps, activation, stop=cap)
-    weights[0] = path["group_elements"][0] @ first_layer
+    weights, path = ascend(objective, weights, x, lr, steps, activation, cap, action=action)
+    if action.act is not inverse_group_action:
+        weights[0] = path["group_elements"][0] @ first_layer
     return (weights, path) if return_path else weights
 
 
@@ -275,16 +322,36 @@ def sharpness(weights, x, y, directions, activation):
     return warn_if_not_finite("φ", total / directions[0].shape[-3])
 
 
-def curve_derivatives(weights, x, generators, activation):
+def exponential(tM):
+    """Return exp(tM) to third order, which is all that three derivatives at t = 0 see."""
+    return torch.eye(tM.shape[-1]).to(tM) + tM + tM @ tM / 2 + tM @ tM @ tM / 6
+
+
+def derivative(curve):
+    """Return the derivative of a function of a number t, in forward mode."""
+    return lambda t: torch.func.jvp(curve, (t,), (torch.ones_like(t),))[1]
+
+
+def curve_derivatives(weights, x, generators, activation, exact=False):
     """Return γ'(0) and γ''(0) of the curve g_m = exp(t M_m), each a list like the weights.
 
-    The network is acted on at every pair by the inverse-activation action; this is the paper's
-    closed form (Eqs. 57, 60), with the hidden activations untransformed. x: [d_0, n];
-    generators: M[m]: [..., d_{m+1}, d_{m+1}], one for each pair of layers. The pseudoinverse of x
-    is computed once for all runs.
+    The network is acted on at every pair by the inverse-activation action. This is the paper's
+    closed form (Eqs. 57, 60), with the hidden activations untransformed. Its γ'' leaves out the
+    mixed derivative of a weight that is V of one pair and U of the pair below; `exact` gives the
+    derivatives of the curve itself. x: [d_0, n]; generators: M[m]: [..., d_{m+1}, d_{m+1}], one for
+    each pair. The pseudoinverse of x is computed once for all runs. Raises ValueError where the
+    inputs do not fit.
     """
     check_batch(weights, x)
     check_square(weights, dict(enumerate(generators)), len(weights) - 1)
+    if exact:
+
+        def curve(t):
+            elements = [exponential(t * M) for M in generators]
+            return act(weights, x, elements, activation, INVERSE_ACTIVATION)
+
+        zero = torch.zeros(()).to(x)
+        return derivative(curve)(zero), derivative(derivative(curve))(zero)
     first = [torch.zeros_like(w) for w in weights]
     second = [torch.zeros_like(w) for w in weights]
     h = x
@@ -334,10 +401,10 @@ def curvature(first, second):
     return area2.clamp(min=0).sqrt() / speed2**1.5
 
 
-def curvature_along(weights, x, generator, layer, activation):
+def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVERSE):
     """Return κ [...] and dκ/dt [...] at t = 0 along the curve g = exp(tM) at one pair of layers.
 
-    The pseudoinverse action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
+    The action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
     [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
     (n >= d). κ and dκ/dt are nan where the curve stands still or is straight. Raises ValueError
     where n < d.
@@ -348,51 +415,37 @@ def curvature_along(weights, x, generator, layer, activation):
     for w in weights[:layer]:
         h = activation(w @ h)
     V, U = weights[layer : layer + 2]
-    z = V @ h
-    a, slope = [activation(z)], activation.derivative(z)
-    d, n = a[0].shape[-2:]
+    d, n = V.shape[-2], h.shape[-1]
     if n < d:
         raise ValueError(f"a batch of {n} is too small: the least-squares refit needs {d} or more")
-    a_pinv = pseudoinverse(a[0])
-    gram_inverse = a_pinv.mT @ a_pinv  # (a a^T)^{-1}
-    outputs = U @ a[0]
-    V, U = [V], [U]  # and their derivatives
-    for k in (1, 2, 3):
-        V.append(generator @ V[-1])
-        z = generator @ z
-        a.append(slope * z)  # σ'' = 0
-        # U minimises |U a − outputs|, so U (a a^T) = outputs a^T: Leibniz' rule, solved for U^(k)
-        right = outputs @ a[k].mT
-        for j in range(k):
-            gram = sum(comb(k - j, i) * (a[i] @ a[k - j - i].mT) for i in range(k - j + 1))
-            right = right - comb(k, j) * (U[j] @ gram)
-        U.append(right @ gram_inverse)
-    first, second, third = ((V[k], U[k]) for k in (1, 2, 3))
-    kappa = curvature(first, second)
-    s, c = inner_product(first, first), inner_product(first, second)
-    e, f = inner_product(second, third), inner_product(first, third)
-    # κ² s³ = s |γ''|² − c², and s' = 2c, c' = |γ''|² + f, (|γ''|²)' = 2e
-    derivative = (s * e - c * f) / (kappa * s**3) - 3 * c * kappa / s
-    return kappa, derivative
+
+    def curve(t):
+        return action.act(U, V, h, exponential(t * generator), activation)
+
+    def kappa(t):
+        return curvature(derivative(curve)(t), derivative(derivative(curve))(t))
+
+    zero = torch.zeros(()).to(h)
+    return torch.func.jvp(kappa, (zero,), (torch.ones_like(zero),))
 
 
+@torch.enable_grad()
 def sharpness_and_gradient(weights, x, y, directions, activation):
-    """Return φ [...], as `sharpness` does, and its gradient in the weights, in closed form.
+    """Return φ [...], as `sharpness` does, and its gradient in the weights.
 
     directions: an iterable of lists as `sharpness` takes them, shared by all runs and with the same
     number K of directions each, so that many need not be in memory at once.
     """
-    targets, z = one_hot(y, weights), weights[0] @ x
-    phi, delta_0, gradient, count = 0, 0, [0 for _ in weights], 0
+    # W_0 X is a leaf: it is computed, and its gradient taken to W_0, once for all directions
+    leaves = [w.detach().requires_grad_() for w in (weights[0] @ x, *weights[1:])]
+    phi, gradient, count = 0, [0 for _ in leaves], 0
     for block in directions:
-        for upper, z_k in perturbed(weights, z, x, block):
-            loss, inputs, deltas = backpropagate(upper, z_k, targets, activation)
-            phi = phi + loss.sum(-1)
-            delta_0 = delta_0 + deltas[0].sum(-3)
-            for m, (delta, h) in enumerate(zip(deltas[1:], inputs), start=1):
-                gradient[m] = gradient[m] + (delta @ h.mT).sum(-3)
-            count += loss.shape[-1]
-    gradient[0] = delta_0 @ x.mT
+        for upper, z in perturbed(leaves, leaves[0], x, block):
+            loss = cross_entropy_of_logits(propagate(upper, z, activation), y)
+            parts = torch.autograd.grad(loss.sum(), leaves)
+            gradient = [total + part for total, part in zip(gradient, parts)]
+            phi, count = phi + loss.detach().sum(-1), count + loss.shape[-1]
+    gradient[0] = gradient[0] @ x.mT
     return phi / count, [g / count for g in gradient]
 
 
@@ -410,6 +463,7 @@ def teleport_sharpness(
     stop=INF,
     max_norm=INF,
     return_path=False,
+    action=PSEUDOINVERSE,
 ):
     """Teleport to another sharpness: ascent, or descent where lr < 0, on the mean perturbed loss.
 
@@ -423,20 +477,26 @@ def teleport_sharpness(
     widths = [len(x), *(w.shape[-2] for w in weights)]
     rng = torch.Generator().manual_seed(seed)
 
-    def objective(weights):
-        blocks = (
-            [d.to(x) for d in random_directions(widths, [radius] * directions_per_radius, rng)]
-            for radius in radii
-        )
-        phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
-        return cross_entropy(weights, x, y, activation), phi, gradient
+    def draw():
+        for radius in radii:
+            directions = random_directions(widths, [radius] * directions_per_radius, rng)
+            yield [d.to(x) for d in directions]
 
-    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm)
+    def objective(weights):
+        return sum(sharpness(weights, x, y, block, activation) for block in draw()) / len(radii)
+
+    def with_gradient(weights):
+        return sharpness_and_gradient(weights, x, y, draw(), activation)
+
+    objective.value_and_gradient = with_gradient
+    weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm, action)
     return (weights, path) if return_path else weights
 
 
 @torch.no_grad()
-def teleport_curvature(weights, x, lr, generators, activation, layer=1, max_norm=INF):
+def teleport_curvature(
+    weights, x, lr, generators, activation, layer=1, max_norm=INF, action=PSEUDOINVERSE
+):
     """Teleport to another curvature: a step t = lr dκ/dt along exp(tM) for each M of `generators`.
 
     The action is on the pair `layer` alone. generators: M: [d, d], one for each step, shared by
@@ -452,13 +512,13 @@ def teleport_curvature(weights, x, lr, generators, activation, layer=1, max_norm
     for w in weights[:layer]:
         h = activation(w @ h)
     for M in generators:
-        _, derivative = curvature_along(weights, x, M, layer, activation)
+        _, slope = curvature_along(weights, x, M, layer, activation, action)
         most = max_norm / M.norm()
         # a run whose activations lost their rank has no derivative: it stays
-        t = (lr * derivative).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
+        t = (lr * slope).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
         g = torch.linalg.matrix_exp(t[..., None, None] * M)
         V, U = weights[layer : layer + 2]
-        weights[layer + 1], weights[layer] = group_action(U, V, h, g, activation)
+        weights[layer + 1], weights[layer] = action.act(U, V, h, g, activation)
         total = g @ total
     return weights, total
 

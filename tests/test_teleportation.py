@@ -6,10 +6,15 @@ from torch.nn import functional as F
 
 import teleportation
 from conftest import GOLDEN
-from models import cross_entropy, forward, init_weights
+from models import Identity, LeakyReLU, ReLU, Tanh, cross_entropy, forward, init_weights
 from teleportation import (
+    INVERSE_ACTIVATION,
+    PSEUDOINVERSE,
+    RESCALING,
+    Action,
     act,
     ascend,
+    ascent_direction,
     curvature,
     curvature_along,
     curve_derivatives,
@@ -17,7 +22,6 @@ from teleportation import (
     gradient_norm_squared,
     group_action,
     pseudoinverse,
-    pull_back,
     random_directions,
     random_generators,
     random_group_elements,
@@ -192,10 +196,12 @@ def test_generators_have_norm_one_and_come_from_their_seed():
 
 
 def norm_gradient_in_T(weights, x, y, activation):
-    """Return the gradient of |∇L|² in T_m at T = 0, from that in the weights."""
-    leaves = [w.clone().requires_grad_() for w in weights]
-    norm = gradient_norm_squared(leaves, x, y, activation).sum()
-    return pull_back(torch.autograd.grad(norm, leaves), weights, x, activation)
+    """Return the gradient of |∇L|² in T_m at T = 0."""
+
+    def objective(weights):
+        return gradient_norm_squared(weights, x, y, activation)
+
+    return ascent_direction(objective, weights, x, activation)[1]
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 6), (3, 6, 20)])
@@ -247,7 +253,8 @@ def test_one_step_is_the_published_one_to_first_order(golden, activation):
     weights, path = teleport(
         golden["weights"], golden["x"], golden["y"], 0.05, 1, activation, return_path=True
     )
-    assert path["loss"][1].item() == pytest.approx(expected["loss"], abs=1e-6)
+    loss = cross_entropy(weights, golden["x"], golden["y"], activation)
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-6)
     assert path["objective"][1].item() == pytest.approx(expected["gradient_norm_squared"], abs=1e-6)
     assert norms(weights) == pytest.approx(expected["weight_norms"], abs=1e-4)
 
@@ -306,15 +313,13 @@ def test_a_stack_teleports_as_its_members_do_alone(case, activation):
             [w[run] for w in weights], x, y, 0.05, 4, activation, return_path=True
         )
         torch.testing.assert_close([w[run] for w in stacked], alone)
-        for key in ("loss", "objective"):
-            torch.testing.assert_close(path[key][:, run], path_alone[key])
+        torch.testing.assert_close(path["objective"][:, run], path_alone["objective"])
 
 
 def test_the_path_says_what_happened(case, activation):
     weights, x, y, *_ = case
     moved, path = teleport(weights, x, y, 0.05, 4, activation, return_path=True)
     for end, w in ((0, weights), (-1, moved)):
-        torch.testing.assert_close(path["loss"][end], cross_entropy(w, x, y, activation))
         torch.testing.assert_close(
             path["objective"][end], gradient_norm_squared(w, x, y, activation)
         )
@@ -395,7 +400,9 @@ def test_curvature_along_is_that_of_finite_differences(case, activation):
 
 def test_curvature_along_needs_a_batch_as_large_as_the_layer(case, activation):
     weights, x, _, _, generators = case
-    with pytest.raises(ValueError, match="a batch of 4 is too small: the least-squares refit needs 5 or more"):
+    with pytest.raises(
+        ValueError, match="a batch of 4 is too small: the least-squares refit needs 5 or more"
+    ):
         curvature_along(weights, x[:, :4], generators[1], 1, activation)
 
 
@@ -421,11 +428,9 @@ def test_sharpness_gradient_does_not_depend_on_the_chunk(case, activation, monke
 @pytest.mark.parametrize("sign", [-1, 1], ids=["decrease", "increase"])
 def test_a_sharpness_teleport_moves_sharpness(case, activation, sign):
     weights, x, y, directions, _ = case
-    blocks = [directions]
 
     def objective(weights):
-        phi, gradient = sharpness_and_gradient(weights, x, y, blocks, activation)
-        return cross_entropy(weights, x, y, activation), phi, gradient
+        return sharpness(weights, x, y, directions, activation)
 
     _, path = ascend(objective, weights, x, sign * 1e-3, 3, activation)
     assert (sign * path["objective"].diff(dim=0) > 0).all()
@@ -486,3 +491,116 @@ def test_a_step_in_sharpness_is_no_longer_than_the_longest(case, activation):
         T, far = g - torch.eye(len(g[0])), expected - torch.eye(len(g[0]))
         torch.testing.assert_close(T[0], far[0])
         torch.testing.assert_close(T[1:], 0.5 * far[1:] / far[1:].norm(dim=(-2, -1), keepdim=True))
+
+
+def test_rescaling_keeps_the_function_on_all_inputs(case, activation):
+    weights, x, y, *_ = case
+    moved, path = teleport(weights, x, y, 1e-2, 5, activation, return_path=True, action=RESCALING)
+    assert (path["objective"].diff(dim=0) > 0).all()
+    for g in path["group_elements"]:
+        assert (g == torch.diag_embed(g.diagonal(dim1=-2, dim2=-1))).all()
+        assert (g.diagonal(dim1=-2, dim2=-1) > 0).all()
+    others = 100 * torch.randn(12, 50, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(
+        forward(moved, others, activation), forward(weights, others, activation)
+    )
+
+
+@pytest.mark.parametrize("action", [PSEUDOINVERSE, INVERSE_ACTIVATION, RESCALING])
+def test_the_identity_acts_as_nothing_and_elements_compose(case, activation, action):
+    weights, x, *_ = case
+    x = x[:, :5]  # all three actions keep the outputs on so small a batch
+    U, V = weights[1], weights[0]
+    rng = torch.Generator().manual_seed(0)
+    T = [action.project(0.1 * torch.randn(6, 6, generator=rng).double()) for _ in range(2)]
+    g, h = (action.element(t) for t in T)
+    assert torch.equal(action.element(0 * T[0]), torch.eye(6).double())
+    for new, expected in (
+        (action.act(U, V, x, torch.eye(6).double(), activation), (U, V)),
+        (
+            action.act(*action.act(U, V, x, h, activation), x, g, activation),
+            action.act(U, V, x, g @ h, activation),
+        ),
+        (action.act(U, V, x, g, activation), (U, V)),
+    ):
+        outputs = [U @ activation(V @ x) for U, V in (new, expected)]
+        torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
+
+
+OBJECTIVES = {
+    "|∇L|²": lambda x, y, d, M, a: lambda w: gradient_norm_squared(w, x, y, a),
+    "less |∇L|²": lambda x, y, d, M, a: lambda w: -gradient_norm_squared(w, x, y, a),
+    "φ": lambda x, y, d, M, a: lambda w: sharpness(w, x, y, d, a),
+    "κ": lambda x, y, d, M, a: lambda w: curvature_along(w, x, M, 1, a)[0],
+}
+ROTATION = Action(  # of hidden units before a linear layer
+    lambda U, V, h, g, activation: (U @ g.mT, g @ V),
+    lambda activation: isinstance(activation, Identity),
+    lambda T: (T - T.mT) / 2,
+    torch.linalg.matrix_exp,
+)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("action", [PSEUDOINVERSE, RESCALING, ROTATION])
+def test_every_action_ascends_every_objective(case, action, objective):
+    """ROTATION is an action of a user's own."""
+    weights, x, y, directions, generators = case
+    activation = Identity() if action is ROTATION else LeakyReLU()
+    function = OBJECTIVES[objective](x, y, directions, 3 * generators[1], activation)
+    value, slopes = ascent_direction(function, weights, x, activation, action)
+    size = torch.stack([t.square().sum((-2, -1)) for t in slopes]).sum(0).sqrt()
+    if action is ROTATION and objective == "|∇L|²":
+        return  # rotations keep it
+    for sign in (-1, 1):
+        T = [sign * 1e-6 * t / size[:, None, None] for t in slopes]
+        moved = act(weights, x, [action.element(t) for t in T], activation, action)
+        change = (
+            function(moved)
+            - function(act(weights, x, [action.element(0 * t) for t in T], activation, action))
+        ) / 1e-6
+        torch.testing.assert_close(change, sign * size, rtol=1e-3, atol=1e-8)
+
+
+def test_an_action_that_is_not_defined_for_an_activation_says_so(case):
+    weights, x, *_ = case
+    elements = [torch.eye(6).double(), torch.eye(5).double()]
+    for action, activation in ((RESCALING, Tanh()), (INVERSE_ACTIVATION, ReLU())):
+        with pytest.raises(ValueError, match="is not defined for"):
+            act(weights, x, elements, activation, action)
+
+
+@pytest.mark.parametrize("activation", [LeakyReLU(), ReLU(), Tanh(), Identity()], ids=repr)
+def test_activations_have_their_derivative_and_inverse(activation):
+    x = torch.linspace(-2, 2, 40, dtype=torch.float64, requires_grad=True)
+    y = activation(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(activation.derivative(x), slope)
+    if hasattr(activation, "inverse"):
+        torch.testing.assert_close(activation.inverse(y), x)
+    if getattr(activation, "homogeneous", False):
+        torch.testing.assert_close(activation(3 * x), 3 * y)
+
+
+def test_exact_curve_derivatives_are_finite_differences_of_the_curve(activation):
+    """On a network with positive activations, none of which changes its sign."""
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.rand(b, a, generator=rng).double() for a, b in ((12, 6), (6, 5), (5, 3))]
+    x = torch.rand(12, 8, generator=rng).double()
+    generators = [torch.rand(d, d, generator=rng).double() / d for d in (6, 5)]
+
+    def curve(t):
+        elements = [torch.linalg.matrix_exp(t * M) for M in generators]
+        return act(weights, x, elements, activation, INVERSE_ACTIVATION)
+
+    step = 1e-4
+    before, here, after = curve(-step), curve(0), curve(step)
+    first, second = curve_derivatives(weights, x, generators, activation, exact=True)
+    closed_first, closed_second = curve_derivatives(weights, x, generators, activation)
+    for m in range(3):
+        slope = (after[m] - before[m]) / (2 * step)
+        torch.testing.assert_close(first[m], slope, rtol=1e-5, atol=1e-6)
+        bend = (after[m] - 2 * here[m] + before[m]) / step**2
+        torch.testing.assert_close(second[m], bend, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(closed_first[m], first[m])
+    assert (closed_second[1] - second[1]).abs().max() > 1e-2  # V of one pair, U of another
