@@ -93,6 +93,7 @@ def stacks(name, args):
     widths, lr = models.TRAINING[name]
     settings = dict(dataset=name, sample=args.sample, widths=widths, lr=lr, batch=models.BATCH)
     settings |= dict(seed=models.SEED, epochs=args.epochs, device=args.device.type)
+    settings |= dict(activation=str(ACTIVATION))
     folder = args.output / "logs" / "correlation"
     folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs"
     # a GPU trains all runs as one stack; what it has made is used anywhere

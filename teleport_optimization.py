@@ -150,6 +150,7 @@ def log(optimizer, stack, args):
     like = experiment.optimizer([torch.zeros(1, requires_grad=True)])
     settings = dict(dataset=args.dataset, sample=args.sample, stack=stack, runs=args.runs)
     settings |= dict(epochs=args.epochs, device=args.device.type, seed=models.SEED)
+    settings |= dict(activation=str(ACTIVATION))
     settings |= dict(
         widths=models.TRAINING[args.dataset].widths,
         batch=models.BATCH,

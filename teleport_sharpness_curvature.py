@@ -294,6 +294,7 @@ def log(name, args):
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
     measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS
     settings |= dict(course=course, estimates=estimates, measured=measured)
+    settings |= dict(activation=str(ACTIVATION))
     folder = args.output / "logs" / "generalization"
     return experiment, folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz", settings
 

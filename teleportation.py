@@ -15,6 +15,7 @@ import torch
 from models import (
     backpropagate,
     check_batch,
+    cross_entropy,
     cross_entropy_of_logits,
     one_hot,
     propagate,
@@ -166,7 +167,7 @@ def value_and_gradient(objective, weights):
         return objective.value_and_gradient(weights)
     leaves = [w.detach().requires_grad_() for w in weights]
     value = objective(leaves)
-    return value.detach(), torch.autograd.grad(value.sum(), leaves)
+    return value.detach(), torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
 
 
 def ascent_direction(objective, weights, x, activation, action=PSEUDOINVERSE):
@@ -221,6 +222,74 @@ def ascend(
     path.append(objective(weights))
     warn_if_not_finite("a teleport's objective", path[-1])
     return weights, {"objective": torch.stack(path), "group_elements": total}
+
+
+ENDED = ("steps spent", "target reached", "nothing gained")
+
+
+@torch.no_grad()
+def ascend_to(target, objective, weights, x, length, steps, activation, action=PSEUDOINVERSE):
+    """Move weights along their orbit until the objective has reached a target.
+
+    target: a number or a tensor [...], such as 2 * objective(weights); runs that begin above it
+    descend. A step has the length `length`: the norm of all T_m together. A run ends after `steps`
+    steps, where it has reached its target, or where a step would not bring it nearer; that step is
+    not taken. objective and x: as `ascend` takes them. Returns the new weights and the path:
+    `objective` [steps taken + 1, ...], and `ended`: [...], indices into ENDED.
+    """
+    target = torch.as_tensor(target).to(x)
+    value = objective(weights)
+    sign = torch.where(value > target, -1.0, 1.0)
+    path, ended = [value], (sign * (value - target) >= 0).long()
+    for _ in range(steps):
+        _, slopes = ascent_direction(objective, weights, x, activation, action)
+        size = torch.stack([t.square().sum((-2, -1)) for t in slopes]).sum(0).sqrt()
+        scale = (sign * length / size)[..., None, None]
+        elements = [action.element((scale * t).nan_to_num(0.0, 0.0, 0.0)) for t in slopes]
+        moved = act(weights, x, elements, activation, action)
+        new = objective(moved)
+        gained = (sign * (new - value) > 0) & (ended == 0)
+        ended = torch.where((ended == 0) & ~gained, 2, ended)
+        weights = [torch.where(gained[..., None, None], m, w) for m, w in zip(moved, weights)]
+        value = torch.where(gained, new, value)
+        ended = torch.where(gained & (sign * (value - target) >= 0), 1, ended)
+        path.append(value)
+        if (ended > 0).all():
+            break
+    return weights, {"objective": torch.stack(path), "ended": ended}
+
+
+@torch.no_grad()
+def level_set_ascent(weights, x, y, length, steps, activation):
+    """Move to a larger gradient within the batch's level set, by no symmetry.
+
+    Each step moves by `length` along ∇|∇L|² = 2 H∇L, projected onto the tangent of the level set,
+    and two Newton steps along ∇L bring the loss back (Mishkin, Bietti, Gower 2024). Since orbits
+    that keep the batch's loss lie in its level set, this is what a teleport of that length is to
+    be compared with. Shapes are those of `teleport`. Returns the new weights and the path:
+    `objective`, |∇L|² [steps + 1, ...].
+    """
+
+    def loss(weights):
+        return cross_entropy(weights, x, y, activation)
+
+    def norm(weights):
+        return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
+
+    def plus(weights, scale, direction):
+        return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
+
+    start, path = loss(weights), []
+    for _ in range(steps):
+        value, direction = value_and_gradient(norm, weights)
+        path.append(value)
+        slope = value_and_gradient(loss, weights)[1]
+        direction = plus(direction, -inner_product(direction, slope) / value, slope)
+        weights = plus(weights, length / inner_product(direction, direction).sqrt(), direction)
+        for _ in range(2):
+            now, slope = value_and_gradient(loss, weights)
+            weights = plus(weights, (start - now) / inner_product(slope, slope), slope)
+    return weights, {"objective": torch.stack([*path, norm(weights)])}
 
 
 @torch.no_grad()

@@ -8,12 +8,14 @@ import teleportation
 from conftest import GOLDEN
 from models import Identity, LeakyReLU, ReLU, Tanh, cross_entropy, forward, init_weights
 from teleportation import (
+    ENDED,
     INVERSE_ACTIVATION,
     PSEUDOINVERSE,
     RESCALING,
     Action,
     act,
     ascend,
+    ascend_to,
     ascent_direction,
     curvature,
     curvature_along,
@@ -21,6 +23,7 @@ from teleportation import (
     estimate,
     gradient_norm_squared,
     group_action,
+    level_set_ascent,
     pseudoinverse,
     random_directions,
     random_generators,
@@ -604,3 +607,61 @@ def test_exact_curve_derivatives_are_finite_differences_of_the_curve(activation)
         torch.testing.assert_close(second[m], bend, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(closed_first[m], first[m])
     assert (closed_second[1] - second[1]).abs().max() > 1e-2  # V of one pair, U of another
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.99])
+def test_a_run_moves_until_its_gradient_has_changed_by_a_factor(case, activation, factor):
+    weights, x, y, *_ = case
+
+    def objective(weights):
+        return gradient_norm_squared(weights, x, y, activation)
+
+    start = objective(weights)
+    target = factor * start
+    target[0] = start[0] * (1 + 100 * (factor - 1))  # out of reach of so few steps
+    ends = (x, 1e-3, 300, activation, RESCALING)
+    moved, path = ascend_to(target, objective, weights, *ends)
+    torch.testing.assert_close(objective(moved), path["objective"][-1])
+    reached = (factor - 1) * (path["objective"][-1] - target) >= 0
+    assert reached.tolist() == [False, True, True]
+    assert [ENDED[i] for i in path["ended"][1:]] == ["target reached"] * 2
+    assert ENDED[path["ended"][0]] in ("steps spent", "nothing gained")
+    torch.testing.assert_close(path["objective"][-1, 1:], target[1:], rtol=5e-3, atol=0)
+    for run in range(3):  # each alone, as in the stack
+        alone, _ = ascend_to(target[run], objective, [w[run] for w in weights], *ends)
+        torch.testing.assert_close([w[run] for w in moved], alone)
+
+
+def test_a_run_that_is_there_or_gains_nothing_stays(case, activation):
+    weights, x, *_ = case
+    for target, ended in ((0.0, "target reached"), (1.0, "nothing gained")):
+        moved, path = ascend_to(
+            target, lambda w: 0 * w[0].sum((-2, -1)), weights, x, 1e-2, 5, activation
+        )
+        assert [ENDED[i] for i in path["ended"]] == [ended] * 3
+        for w, before in zip(moved, weights):
+            assert torch.equal(w, before)
+
+
+def test_ascent_within_the_level_set_keeps_the_loss_and_beats_rescaling(case, activation):
+    weights, x, y, *_ = case
+    moved, path = level_set_ascent(weights, x, y, 2e-4, 10, activation)
+    before, after = (cross_entropy(w, x, y, activation) for w in (weights, moved))
+    torch.testing.assert_close(after, before, rtol=1e-7, atol=0)
+    assert (path["objective"].diff(dim=0) > 0).all()
+    torch.testing.assert_close(
+        path["objective"][-1], gradient_norm_squared(moved, x, y, activation)
+    )
+    # a rescaling that moves the weights as far raises the gradient less
+    _, slopes = ascent_direction(
+        lambda w: gradient_norm_squared(w, x, y, activation), weights, x, activation, RESCALING
+    )
+    elements = [RESCALING.element(1e-4 * t / t.norm()) for t in slopes]
+    rescaled = act(weights, x, elements, activation, RESCALING)
+    length = torch.stack([(a - b).square().sum((-2, -1)) for a, b in zip(rescaled, weights)])
+    length = length.sum(0).sqrt()
+    gain = gradient_norm_squared(rescaled, x, y, activation) - path["objective"][0]
+    for run in range(3):
+        one = [w[run] for w in weights]
+        _, found = level_set_ascent(one, x, y, length[run], 1, activation)
+        assert found["objective"][1] - found["objective"][0] > gain[run]
