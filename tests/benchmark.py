@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            # run nothing else meanwhile
     python tests/benchmark.py SGD MNIST  # only the rows whose names contain these words
+    python tests/benchmark.py growth     # a teleport's cost against width, depth and batch
 
 The floor of a piece is the number of operations in its matrix products over the rate of a large
 matrix product, measured in the same run. Data are made up: the time does not depend on them.
@@ -17,9 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "learn-to-teleport")]
+
+from experiment import files, plots  # noqa: E402
 
 import correlation  # noqa: E402
 import multi_layer_regression  # noqa: E402
@@ -29,6 +34,7 @@ from models import (  # noqa: E402
     MLP,
     TRAINING,
     LeakyReLU,
+    cross_entropy,
     init_weights,
     train_epoch,
     train_epoch_sgd,
@@ -36,6 +42,7 @@ from models import (  # noqa: E402
 from teleportation import (  # noqa: E402
     RADII,
     curvature_along,
+    curve_derivatives,
     estimate,
     teleport,
     teleport_sharpness,
@@ -86,6 +93,32 @@ def sgd(name, images, limit):
     seconds = best_seconds(lambda: train_epoch_sgd(weights, x, y, lr, LeakyReLU()))
     operations = 2 * images * stack * training_products(widths)
     return Row(scale * seconds, scale * operations, limit)
+
+
+def sgd_by_autograd(name, images):
+    """The same training without closed forms: the loss's gradient by autograd, batch by batch."""
+    (widths, lr), stack = TRAINING[name], correlation.RUNS_PER_STACK[name]
+    x, y = torch.rand(images, widths[0]), torch.randint(10, (images,))
+    weights = [w.requires_grad_() for w in init_weights(widths, range(stack))]
+    optimizer = torch.optim.SGD(weights, lr=lr)
+
+    def train():
+        for rows in torch.arange(images).split(20):
+            optimizer.zero_grad()
+            cross_entropy(weights, x[rows].T, y[rows], LeakyReLU()).sum().backward()
+            optimizer.step()
+
+    scale = 100 / stack * 40 * 50_000 / images
+    return Row(scale * best_seconds(train), scale * 2 * images * stack * training_products(widths))
+
+
+def curve(name, exact, runs=20, n=200):
+    """γ' and γ'' of a stack of networks on one batch: the paper's closed form, or the curve's."""
+    widths = TRAINING[name].widths
+    x, weights = torch.rand(widths[0], n), init_weights(widths, range(runs))
+    generators = [torch.rand(d, d) / d for d in widths[1:-1]]
+    arguments = weights, x, generators, LeakyReLU(), exact
+    return Row(best_seconds(lambda: curve_derivatives(*arguments)), math.nan)
 
 
 def estimators(name, limit=None):
@@ -201,6 +234,8 @@ def figure_6(processes, limit, part=10, least=700):
 ROWS = {
     "SGD, MNIST: 100 runs, 40 epochs": lambda: sgd("MNIST", 50_000, limit=240),
     "SGD, CIFAR-10: 100 runs, 40 epochs": lambda: sgd("CIFAR10", 5_000, limit=3900),
+    "SGD by autograd, MNIST: the same": lambda: sgd_by_autograd("MNIST", 5_000),
+    "SGD by autograd, CIFAR-10: the same": lambda: sgd_by_autograd("CIFAR10", 2_000),
     "φ and ψ, MNIST: 100 networks, one batch": lambda: estimators("MNIST", limit=0.25),
     "φ and ψ, CIFAR-10: 100 networks, one batch": lambda: estimators("CIFAR10"),
     "cold start of correlation.py, MNIST": lambda: cold_start(limit=6),
@@ -216,11 +251,70 @@ ROWS = {
     "sharpness, MNIST: 5 runs, a step": lambda: sharpness_step("MNIST", 5, limit=1),
     "sharpness, CIFAR-10: 1 run, a step": lambda: sharpness_step("CIFAR10", 1, limit=3),
     "sharpness, CIFAR-10: 5 runs, a step": lambda: sharpness_step("CIFAR10", 5, limit=5),
+    "γ' and γ'', MNIST: 20 runs, closed form": lambda: curve("MNIST", exact=False),
+    "γ' and γ'', MNIST: 20 runs, exact": lambda: curve("MNIST", exact=True),
     "curvature, MNIST: 5 runs, κ and dκ/dt": lambda: curvature_step(limit=0.1),
 }
 
 
+GROWTH = {"width": (16, 64, 256, 1024, 4096), "depth": (2, 4, 8, 16), "batch": (32, 128, 512, 2048)}
+BASE = {"width": 64, "depth": 3, "batch": 200}  # hidden units, hidden layers, images
+
+
+def cost(width, depth, batch, steps=10, sgd_batch=20):
+    """Return what a teleport and a step of SGD cost: seconds, and operations of matrix products.
+
+    The network has 784 inputs, `depth` hidden layers of `width` units, and 10 classes.
+    """
+    widths = (784, *depth * (width,), 10)
+    weights = init_weights(widths, 1)
+    x, y = torch.rand(784, batch), torch.randint(10, (batch,))
+    images, labels = torch.rand(10 * sgd_batch, 784), torch.randint(10, (10 * sgd_batch,))
+    model = MLP([w.clone() for w in weights], LeakyReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    pieces = {
+        "teleport": (lambda: teleport(weights, x, y, 1e-6, steps, LeakyReLU()), 1),
+        "SGD step": (lambda: train_epoch(model, images, labels, optimizer, sgd_batch), 10),
+    }
+    found = {}
+    for name, (piece, times) in pieces.items():
+        with FlopCounterMode(display=False) as counter:
+            piece()
+        found[name] = best_seconds(piece, 2) / times, counter.get_total_flops() / times
+    return found
+
+
+def growth():
+    """Write the table and the figure of how a teleport's cost grows, to figures/growth/."""
+    figure, rows = Figure(figsize=(9, 3.2)), []
+    for axes, (varied, values) in zip(figure.subplots(1, 3), GROWTH.items()):
+        found = [cost(**BASE | {varied: value}) for value in values]
+        seconds, operations = (
+            [entry["teleport"][k] / entry["SGD step"][k] for entry in found] for k in (0, 1)
+        )
+        axes.plot(values, seconds, "o-", color=plots.BLUE, label="measured")
+        axes.plot(values, operations, "s--", color=plots.RED, label="by operations")
+        for which in "xy":
+            plots.plain_log_axis(axes, which)
+        others = ", ".join(f"{key} {value}" for key, value in BASE.items() if key != varied)
+        axes.set(xlabel=varied, title=others)
+        for value, entry, ratio, count in zip(values, found, seconds, operations):
+            cells = f"{entry['teleport'][0]:.3g}", f"{ratio:.3g}", f"{count:.3g}"
+            rows.append([f"{varied} {value} ({others})", *cells])
+            print(" | ".join(rows[-1]), flush=True)
+    figure.axes[0].set_ylabel("a teleport, in steps of SGD")
+    figure.axes[0].legend(fontsize="small")
+    figure.tight_layout()
+    folder = ROOT / "figures" / "growth"
+    plots.save_figure(figure, folder / "teleport_cost")
+    header = ["network", "teleport, s", "in SGD steps, measured", "in SGD steps, by operations"]
+    files.save_text(folder / "table.md", plots.markdown(header, rows))
+    files.copy_into_page(folder / "table.md")
+
+
 def main():
+    if sys.argv[1:] == ["growth"]:
+        return growth()
     rate = max(matmul_rate() for _ in range(3))
     print(
         f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s in a matrix product of 3000"

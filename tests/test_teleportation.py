@@ -665,3 +665,18 @@ def test_ascent_within_the_level_set_keeps_the_loss_and_beats_rescaling(case, ac
         one = [w[run] for w in weights]
         _, found = level_set_ascent(one, x, y, length[run], 1, activation)
         assert found["objective"][1] - found["objective"][0] > gain[run]
+
+
+class Softplus(torch.nn.Softplus):
+    """An activation of a user's own."""
+
+    def derivative(self, x):
+        return x.sigmoid()
+
+
+def test_a_users_own_activation_teleports(case):
+    weights, x, y, *_ = case
+    moved, path = teleport(weights, x, y, 1e-2, 3, Softplus(), return_path=True)
+    assert (path["objective"].diff(dim=0) > 0).all()
+    before, after = (cross_entropy(w, x[:, :4], y[:4], Softplus()) for w in (weights, moved))
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0)
