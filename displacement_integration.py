@@ -248,7 +248,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    name = f"displacement-polyline-{args.polyline:g}" if args.polyline else "displacement"
+    name = f"displacement-polyline-{args.polyline}" if args.polyline else "displacement"
     parts = ["displacement"], ["displacement"]
     folder = args.output / "figures" / name
     launch.compute_and_report(args, folder, *parts, None, collect, summarise, table, draw)

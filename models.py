@@ -156,6 +156,8 @@ def check_batch(weights, x, y=None):
     are not finite, of which results warn.
     """
     shapes = [list(w.shape) for w in weights]
+    if not shapes:
+        raise ValueError("the list of weights is empty")
     for m, w in enumerate(weights):
         if w.dim() < 2 or not w.is_floating_point():
             raise ValueError(

@@ -55,7 +55,8 @@ def pseudoinverse(h):
             "the group action does not preserve the outputs exactly",
             stacklevel=2,
         )
-        inverse[deficient] = torch.linalg.pinv(h[deficient])
+        # not in place, for the sake of derivatives; where a rank is deficient they may be nan
+        inverse = inverse.index_put((deficient,), torch.linalg.pinv(h[deficient]))
     return inverse
 
 
@@ -109,19 +110,27 @@ class Action(NamedTuple):
     """
 
     act: Callable  # (U, V, h, g, activation) -> (U', V')
-    takes: Callable  # activation -> whether the action is defined for it
+    takes: Callable = lambda activation: True  # whether the action is defined for an activation
     project: Callable = lambda T: T  # the allowed T that is nearest to T: [..., d, d]
     element: Callable = lambda T: torch.eye(T.shape[-1]).to(T) + T  # g, which is I at T = 0
+    left: bool = False  # whether V' = gV, whatever h is
 
 
-PSEUDOINVERSE = Action(group_action, lambda activation: True)
+PSEUDOINVERSE = Action(group_action, left=True)
 INVERSE_ACTIVATION = Action(inverse_group_action, lambda activation: hasattr(activation, "inverse"))
 RESCALING = Action(
     rescaling,
     lambda activation: getattr(activation, "homogeneous", False),
     lambda T: torch.diag_embed(T.diagonal(dim1=-2, dim2=-1)),
     torch.linalg.matrix_exp,
+    left=True,
 )
+
+
+def check_action(action, activation):
+    """Raise ValueError where an action is not defined for an activation."""
+    if not action.takes(activation):
+        raise ValueError(f"{action.act.__name__} is not defined for {activation}")
 
 
 def act(weights, x, group_elements, activation, action=PSEUDOINVERSE):
@@ -132,8 +141,10 @@ def act(weights, x, group_elements, activation, action=PSEUDOINVERSE):
     fit, or the action is not defined for the activation.
     """
     check_batch(weights, x)
-    if not action.takes(activation):
-        raise ValueError(f"{action.act.__name__} is not defined for {activation}")
+    check_action(action, activation)
+    if not 0 < len(group_elements) == len(weights) - 1:
+        pairs = f"{len(weights) - 1} pairs of layers and {len(group_elements)} group elements"
+        raise ValueError(f"there must be one group element for each pair, not {pairs}")
     weights, h = list(weights), x
     for m, g in enumerate(group_elements):
         V, U = weights[m : m + 2]
@@ -210,14 +221,15 @@ def ascend(
     for _ in range(steps):
         value, slopes = ascent_direction(objective, weights, x, activation, action)
         path.append(value)
-        going = (value <= stop)[..., None, None]
+        going = (value <= torch.as_tensor(stop).to(value))[..., None, None]
         rate = torch.as_tensor(lr).to(value)[..., None, None]
-        # where a slope is infinite 0 times it is not 0, and no step is taken
+        # where a slope is infinite 0 times it is not 0, and its entry of T stays 0
         T = [torch.where(going, rate * t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in slopes]
         lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
         T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
         elements = [action.element(t) for t in T]
-        weights = act(weights, x, elements, activation, action)
+        moved = act(weights, x, elements, activation, action)
+        weights = [torch.where(going, m, w) for m, w in zip(moved, weights)]
         total = [g @ before for g, before in zip(elements, total)]
     path.append(objective(weights))
     warn_if_not_finite("a teleport's objective", path[-1])
@@ -277,6 +289,7 @@ def level_set_ascent(weights, x, y, length, steps, activation):
         return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
 
     def plus(weights, scale, direction):
+        scale = scale.nan_to_num(0.0, 0.0, 0.0)  # where the gradient is 0 no step is taken
         return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
 
     start, path = loss(weights), []
@@ -289,7 +302,8 @@ def level_set_ascent(weights, x, y, length, steps, activation):
         for _ in range(2):
             now, slope = value_and_gradient(loss, weights)
             weights = plus(weights, (start - now) / inner_product(slope, slope), slope)
-    return weights, {"objective": torch.stack([*path, norm(weights)])}
+    path.append(warn_if_not_finite("|∇L|²", norm(weights)))
+    return weights, {"objective": torch.stack(path)}
 
 
 @torch.no_grad()
@@ -304,8 +318,8 @@ def teleport(
     """
     check_batch(weights, x, y)
     first_layer = weights[0]
-    if action.act is not inverse_group_action:
-        # V' = gV: x meets the first layer through its span alone, with X = QR; n inputs are left
+    if action.left:
+        # x meets the first layer through its span alone, with X = QR: n inputs are left of d_0
         q, x = torch.linalg.qr(x)
         weights = [first_layer @ q, *weights[1:]]
 
@@ -313,7 +327,7 @@ def teleport(
         return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
 
     weights, path = ascend(objective, weights, x, lr, steps, activation, cap, action=action)
-    if action.act is not inverse_group_action:
+    if action.left:
         weights[0] = path["group_elements"][0] @ first_layer
     return (weights, path) if return_path else weights
 
@@ -412,6 +426,7 @@ def curve_derivatives(weights, x, generators, activation, exact=False):
     inputs do not fit.
     """
     check_batch(weights, x)
+    generators = list(generators)
     check_square(weights, dict(enumerate(generators)), len(weights) - 1)
     if exact:
 
@@ -473,19 +488,20 @@ def curvature(first, second):
 def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVERSE):
     """Return κ [...] and dκ/dt [...] at t = 0 along the curve g = exp(tM) at one pair of layers.
 
-    The action of g moves V = W_layer and U = W_{layer+1} alone. generator: M
-    [..., d, d]; x: [d_0, n]. The pair's hidden activations a = σ(Vh) must have full row rank
-    (n >= d). κ and dκ/dt are nan where the curve stands still or is straight. Raises ValueError
-    where n < d.
+    The action of g moves V = W_layer and U = W_{layer+1} alone. generator: M [..., d, d], of which
+    what the action allows is used; x: [d_0, n]. κ is nan where the curve stands still, dκ/dt where
+    it is straight, too. Raises ValueError where inputs do not fit, and for the pseudoinverse action
+    where n < d: it needs hidden activations a = σ(Vh) of full row rank.
     """
     check_batch(weights, x)
     check_square(weights, {layer: generator})
-    h = x
+    check_action(action, activation)
+    generator, h = action.project(generator), x
     for w in weights[:layer]:
         h = activation(w @ h)
     V, U = weights[layer : layer + 2]
     d, n = V.shape[-2], h.shape[-1]
-    if n < d:
+    if action is PSEUDOINVERSE and n < d:
         raise ValueError(f"a batch of {n} is too small: the least-squares refit needs {d} or more")
 
     def curve(t):
@@ -502,8 +518,8 @@ def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVER
 def sharpness_and_gradient(weights, x, y, directions, activation):
     """Return φ [...], as `sharpness` does, and its gradient in the weights.
 
-    directions: an iterable of lists as `sharpness` takes them, shared by all runs and with the same
-    number K of directions each, so that many need not be in memory at once.
+    directions: an iterable of lists as `sharpness` takes them, shared by all runs, so that many
+    directions need not be in memory at once.
     """
     # W_0 X is a leaf: it is computed, and its gradient taken to W_0, once for all directions
     leaves = [w.detach().requires_grad_() for w in (weights[0] @ x, *weights[1:])]
@@ -574,6 +590,7 @@ def teleport_curvature(
     Returns the new weights and the product of the steps' group elements: [..., d, d].
     """
     check_batch(weights, x)
+    generators = [action.project(M) for M in generators]
     for M in generators:
         check_square(weights, {layer: M})
     weights, total = list(weights), torch.eye(weights[layer].shape[-2]).to(x)
@@ -584,7 +601,7 @@ def teleport_curvature(
         _, slope = curvature_along(weights, x, M, layer, activation, action)
         most = max_norm / M.norm()
         # a run whose activations lost their rank has no derivative: it stays
-        t = (lr * slope).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
+        t = (torch.as_tensor(lr).to(x) * slope).nan_to_num(0.0, 0.0, 0.0).clamp(-most, most)
         g = torch.linalg.matrix_exp(t[..., None, None] * M)
         V, U = weights[layer : layer + 2]
         weights[layer + 1], weights[layer] = action.act(U, V, h, g, activation)

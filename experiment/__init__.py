@@ -31,8 +31,8 @@ def end_with_parent():
 
 
 def is_script_of_ours():
-    """Return whether this process runs a file of this repository."""
-    return Path(sys.argv[0]).resolve().is_relative_to(ROOT)
+    """Return whether this process runs a script of this repository."""
+    return Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "learn-to-teleport")
 
 
 if PARENT in os.environ:

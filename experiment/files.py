@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -83,11 +84,9 @@ def whole_file(path, mode="wb"):
 
 def check_writable(folder):
     """Make a folder and try to write there. Raises OSError, naming the folder, if that fails."""
-    probe = Path(folder) / "probe"
     try:
-        with whole_file(probe):
-            pass
-        probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         error.filename = str(folder)
         raise
@@ -212,11 +211,11 @@ def load_steps(path, settings, steps):
     return state
 
 
-def steps_saved(path):
+def steps_saved(path, key="steps"):
     """Return how many steps of a run the file `path` has: another launch may be ahead."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return int(archive["steps"])
+            return int(archive[key])
     except Exception:  # there is none, or it is damaged
         return 0
 

@@ -188,6 +188,11 @@ def run(main):
             file=sys.stderr,
         )
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"{name}: out of memory: choose fewer --runs.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
             print("\nInterrupted. Run the same command to resume.", file=sys.stderr)

@@ -8,7 +8,7 @@ from .files import whole_file
 from .statistics import paired_difference
 
 # told apart by the colour-blind (Okabe and Ito)
-BLACK, ORANGE, SKY, GREEN, YELLOW = "black", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLACK, ORANGE, SKY, GREEN = "black", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#808080"
 
 

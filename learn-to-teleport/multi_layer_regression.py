@@ -141,7 +141,8 @@ def train(method, initialisation, path, settings, report):
             train_trajectory(method.networks, lstms, optimizers, draw_problem(seed), method.steps)
         except FloatingPointError as error:
             raise files.UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
-        if time.monotonic() - saved > SAVE_SECONDS:
+        ahead = i + 1 > files.steps_saved(path, "trained")  # of another launch
+        if time.monotonic() - saved > SAVE_SECONDS and ahead:
             seconds = time.perf_counter() - start
             arrays = {"trained": i + 1, "seconds": seconds, **matrices(lstms, optimizers)}
             files.save(path, settings, arrays)
@@ -149,7 +150,8 @@ def train(method, initialisation, path, settings, report):
         report(1)
     problem = draw_tests()
     loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
-    arrays = {"loss": loss, "gradient_norm_squared": norm, "seconds": time.perf_counter() - start}
+    arrays = {"loss": loss, "gradient_norm_squared": norm, "trained": method.trajectories}
+    arrays["seconds"] = time.perf_counter() - start
     files.save(path, settings, arrays | matrices(lstms))
 
 

@@ -126,3 +126,6 @@ def test_claims_of_the_readme_follow_from_the_summaries():
         for arm in ("teleport", "kept")
     ]
     assert [f"{100 * (g - 1):.0f}" for g in (min(growth), max(growth))] == ["5", "8"]
+    for entry in summary("generalization").values():
+        for after in entry["differences"]["curvature increase − plain"].values():
+            assert after["verdict"] == "not seen"

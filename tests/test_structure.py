@@ -12,10 +12,15 @@ from torch.overrides import TorchFunctionMode
 import teleportation
 from models import MLP, LeakyReLU, evaluate, init_weights, train_epoch, train_epoch_sgd
 from teleportation import (
+    INVERSE_ACTIVATION,
+    RESCALING,
     act,
+    curvature,
     curvature_along,
+    curve_derivatives,
     estimate,
     gradient_norm_squared,
+    level_set_ascent,
     random_directions,
     random_group_elements,
     sharpness,
@@ -118,6 +123,7 @@ def test_training_and_evaluation_stay_on_their_device(small):
 
 def test_estimators_stay_on_their_device(small):
     M = torch.rand(5, 5, device="meta")
+    generators = [torch.rand(6, 6, device="meta"), M]
     directions = random_directions(WIDTHS, [0.1, 0.2], torch.Generator())
     results = [
         *estimate(small.weights, small.x, small.y, [0.1, 0.2], 0, small.activation),
@@ -126,8 +132,9 @@ def test_estimators_stay_on_their_device(small):
             small.weights, small.x, small.y, [d.to("meta") for d in directions], small.activation
         ),
         *curvature_along(small.weights, small.x, M, 1, small.activation),
+        curvature(*curve_derivatives(small.weights, small.x, generators, small.activation, True)),
     ]
-    assert [(r.device.type, r.shape) for r in results] == [("meta", (2,))] * 6
+    assert [(r.device.type, r.shape) for r in results] == [("meta", (2,))] * 7
 
 
 def test_teleports_stay_on_their_device(small):
@@ -140,6 +147,9 @@ def test_teleports_stay_on_their_device(small):
         act(small.weights, small.x, elements, small.activation),
         teleport_sharpness(*batch, 1e-2, 2, [0.1, 0.2], 3, 0, small.activation),
         teleport_curvature(small.weights, small.x, 1e-2, [M], small.activation)[0],
+        teleport(*batch, 1e-2, 2, small.activation, action=RESCALING),
+        teleport(*batch, 1e-2, 2, small.activation, action=INVERSE_ACTIVATION),
+        level_set_ascent(*batch, 1e-2, 2, small.activation)[0],
     ):
         for w, before in zip(new, small.weights):
             assert w.device.type == "meta" and w.shape == before.shape
