@@ -76,6 +76,9 @@ def test_every_command_shown_is_understood_by_its_script(page, monkeypatch):
     for command in commands:
         words = shlex.split(command)
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        if words[script] == "tests/benchmark.py":
+            assert words[script + 1 :] in ([], ["growth"])
+            continue
         module = importlib.import_module(Path(words[script]).stem)
         arguments = ["cpu" if word == "cuda" else word for word in words[script + 1 :]]
         monkeypatch.setattr(sys, "argv", [words[script], *arguments])
