@@ -129,7 +129,8 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
     `parts` that have results, goes to table.md and is printed; draw(part, arrays, summary, folder)
     draws those asked for. Raises UserError where one of these is missing.
     """
-    files.check_writable(folder)  # now rather than after the first epoch
+    if not args.plot_only:
+        files.check_writable(folder)  # now rather than after the first epoch
     if compute and not args.plot_only:
         compute(args)
         wait_for_ranks()

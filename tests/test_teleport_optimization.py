@@ -212,7 +212,7 @@ def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
     shutil.rmtree(tmp_path / "logs")
     again = call(script, *options, "--plot-only", "--output", tmp_path)
     assert again.stdout == done.stdout
-    other = call(script, *options, "--plot-only", "--epochs", "9")
+    other = call(script, *options, "--plot-only", "--epochs", "9", "--output", tmp_path)
     assert other.returncode == 2 and "run without --plot-only" in other.stderr
 
 
