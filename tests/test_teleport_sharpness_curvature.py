@@ -243,9 +243,9 @@ def test_the_summary_says_what_made_up_results_say():
     arms, runs = len(script.ARMS), 3
     loss = 10 + np.arange(arms)[:, None] + 0.1 * np.arange(runs)
     moves = np.zeros((script.MOVES, arms, 2, 2, 3, runs))
-    moves[:, :, :, 0] = 5
+    moves[:, :, :, 0] = np.array([5, 6, 7])[:, None]
     for batch, share in enumerate((1, 0.5)):
-        moves[:, :, batch, 1] = 5 + share * np.array([1, 2, 3])[:, None]
+        moves[:, :, batch, 1] = moves[:, :, batch, 0] + share * np.array([1, 2, 3])[:, None]
     results = {
         "test_loss": np.broadcast_to(loss, (40, arms, runs)),
         "moves": moves,
@@ -256,7 +256,7 @@ def test_the_summary_says_what_made_up_results_say():
     for i, arm in enumerate(script.ARMS[1:], 1):
         assert summary["differences"][f"{arm} − plain"][25]["mean"] == pytest.approx(i)
         assert summary["moves"][arm] == {
-            "before": dict.fromkeys(script.QUANTITIES, 5),
+            "before": {"loss": 5, "φ": 6, "κ": 7},
             "change_on_their_batches": pytest.approx({"loss": 10, "φ": 20, "κ": 30}),
             "on_fresh_batches": pytest.approx({"loss": 5, "φ": 10, "κ": 15}),
         }
@@ -278,6 +278,6 @@ def test_the_summary_says_what_made_up_results_say():
     text = script.table({"MNIST": summary})
     row = "| sharpness decrease − plain (claim: changes little) | +1000.0 [+1000.0, +1000.0]"
     assert row in text and "| refit − plain | +7000.0 [" in text
-    assert "| MNIST, refit | 5 | 5 | 5 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
+    assert "| MNIST, refit | 5 | 6 | 7 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| MNIST, ")]
     assert len(rows) == arms - 1  # plain does not move
