@@ -10,7 +10,6 @@ estimates go to logs/correlation/; an interrupted run goes on from there and end
 numbers. The results of each network are in figures/correlation/<dataset>.npz.
 """
 
-import argparse
 import time
 
 from experiment import files, launch, plots, statistics
@@ -238,11 +237,13 @@ def parse_arguments():
     add("--epochs", type=count(1), default=DEFAULTS["epochs"], help="passes over the images")
     batches = f"batches of {ESTIMATION_BATCH} images that φ and ψ are estimated on (default: "
     batches += f"{DEFAULTS['batches']}; {SAMPLE_DEFAULTS['batches']} with --sample)"
-    add("--batches", type=count(1), default=argparse.SUPPRESS, help=batches)
+    add("--batches", type=count(1), help=batches)
     add("--sphere", action="store_true", help="draw φ's directions on the sphere, not the orthant")
     args = parser.parse_args()
     args.defaults = SAMPLE_DEFAULTS if args.sample else DEFAULTS
-    return argparse.Namespace(**{"batches": args.defaults["batches"]} | vars(args))
+    if args.batches is None:
+        args.batches = args.defaults["batches"]
+    return args
 
 
 def main():

@@ -255,8 +255,7 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
     path, ended = [value], (sign * (value - target) >= 0).long()
     for _ in range(steps):
         _, slopes = ascent_direction(objective, weights, x, activation, action)
-        size = torch.stack([t.square().sum((-2, -1)) for t in slopes]).sum(0).sqrt()
-        scale = (sign * length / size)[..., None, None]
+        scale = (sign * length / inner_product(slopes, slopes).sqrt())[..., None, None]
         elements = [action.element((scale * t).nan_to_num(0.0, 0.0, 0.0)) for t in slopes]
         moved = act(weights, x, elements, activation, action)
         new = objective(moved)
@@ -410,9 +409,10 @@ def exponential(tM):
     return torch.eye(tM.shape[-1]).to(tM) + tM + tM @ tM / 2 + tM @ tM @ tM / 6
 
 
-def derivative(curve):
-    """Return the derivative of a function of a number t, in forward mode."""
-    return lambda t: torch.func.jvp(curve, (t,), (torch.ones_like(t),))[1]
+def two_derivatives(curve, t):
+    """Return the first and the second derivative of a function of a number t, in forward mode."""
+    one = torch.ones_like(t)
+    return torch.func.jvp(lambda t: torch.func.jvp(curve, (t,), (one,))[1], (t,), (one,))
 
 
 def curve_derivatives(weights, x, generators, activation, exact=False):
@@ -434,8 +434,7 @@ def curve_derivatives(weights, x, generators, activation, exact=False):
             elements = [exponential(t * M) for M in generators]
             return act(weights, x, elements, activation, INVERSE_ACTIVATION)
 
-        zero = torch.zeros(()).to(x)
-        return derivative(curve)(zero), derivative(derivative(curve))(zero)
+        return two_derivatives(curve, torch.zeros(()).to(x))
     first = [torch.zeros_like(w) for w in weights]
     second = [torch.zeros_like(w) for w in weights]
     h = x
@@ -508,7 +507,7 @@ def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVER
         return action.act(U, V, h, exponential(t * generator), activation)
 
     def kappa(t):
-        return curvature(derivative(curve)(t), derivative(derivative(curve))(t))
+        return curvature(*two_derivatives(curve, t))
 
     zero = torch.zeros(()).to(h)
     return torch.func.jvp(kappa, (zero,), (torch.ones_like(zero),))

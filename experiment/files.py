@@ -177,6 +177,12 @@ def read(path):
         return None
 
 
+def made_with_of(path):
+    """Return the `made_with` of the .npz file `path`, without reading its arrays."""
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(str(archive["about"]))["made_with"]
+
+
 def load(path, settings):
     """Return the arrays in the .npz file `path` as a dict, or None as `read` does.
 

@@ -131,14 +131,14 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
     """
     if not args.plot_only:
         files.check_writable(folder)  # now rather than after the first epoch
-    if compute and not args.plot_only:
-        compute(args)
-        wait_for_ranks()
+        if compute:
+            compute(args)
+            wait_for_ranks()
     if rank_and_world()[0] > 0:
         return
     for part in [] if args.plot_only else asked:
         settings, arrays, log = collect(part, args)
-        files.save(folder / f"{part}.npz", settings, arrays, log and files.read(log).made_with)
+        files.save(folder / f"{part}.npz", settings, arrays, log and files.made_with_of(log))
     results = {part: files.read(folder / f"{part}.npz") for part in parts}
     for part in asked:
         if results[part] is None:
