@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from models import (
     backpropagate,
@@ -103,6 +104,14 @@ def rescaling(U, V, h, g, activation):
     return U / scale[..., None, :], scale[..., None] * V
 
 
+def linear(U, V, h, g, activation):
+    """Act with any g where nothing lies between V and U: V' = gV, U' = U g^{-1}; return (U', V').
+
+    The product UV is kept. h and the activation are not used. Shapes are those of `group_action`.
+    """
+    return U @ torch.linalg.inv(g), g @ V
+
+
 class Action(NamedTuple):
     """How a group acts on a pair of layers, and which T it allows.
 
@@ -122,7 +131,13 @@ RESCALING = Action(
     rescaling,
     lambda activation: getattr(activation, "homogeneous", False),
     lambda T: torch.diag_embed(T.diagonal(dim1=-2, dim2=-1)),
-    torch.linalg.matrix_exp,
+    lambda T: torch.diag_embed(T.diagonal(dim1=-2, dim2=-1).exp()),
+    left=True,
+)
+LINEAR = Action(
+    linear,
+    lambda activation: isinstance(activation, nn.Identity),
+    element=torch.linalg.matrix_exp,
     left=True,
 )
 

@@ -30,12 +30,13 @@ from teleportation import (
 )
 
 SCRIPTS = {"correlation", "displacement_integration", "multi_layer_regression", "init_directory"}
-SCRIPTS |= {"teleport_optimization", "teleport_sharpness_curvature"}
+SCRIPTS |= {"teleport_cnn", "teleport_optimization", "teleport_sharpness_curvature"}
 MAY_IMPORT = {  # of our own modules; a script may import all but scripts
     "experiment": {"experiment"},
     "models": set(),
     "data": {"experiment"},
     "teleportation": {"models"},
+    "module_symmetry": {"teleportation"},
     "lstm": set(),
     "regression": {"lstm", "models", "teleportation"},
 }
