@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ from experiment import files, plots  # noqa: E402
 
 import correlation  # noqa: E402
 import multi_layer_regression  # noqa: E402
+import teleport_cnn  # noqa: E402
 import teleport_optimization  # noqa: E402
 import teleport_sharpness_curvature  # noqa: E402
 from models import (  # noqa: E402
@@ -39,6 +41,7 @@ from models import (  # noqa: E402
     train_epoch,
     train_epoch_sgd,
 )
+from module_symmetry import gradient_norm, symmetry_of, teleport_module  # noqa: E402
 from teleportation import (  # noqa: E402
     RADII,
     curvature_along,
@@ -188,6 +191,33 @@ def curvature_step(limit, runs=5):
     return Row(seconds, 2 * n * runs * products, limit)
 
 
+def transformer():
+    """Return a transformer of two layers that reads an image as 48 pieces of 64 values."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Unflatten(1, (48, 64)), encoder, nn.Flatten(), nn.Linear(48 * 64, 10))
+
+
+def module(model, teleports, n=100):
+    """A training step of a module on n images of CIFAR-10, or ten steps of a teleport on them."""
+    x, y, loss = torch.rand(n, 3072), torch.randint(10, (n,)), nn.CrossEntropyLoss()
+    optimizer, symmetry = torch.optim.SGD(model.parameters(), lr=1e-3), symmetry_of(model)
+    objective = gradient_norm(model, loss, x, y)
+
+    def step():
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+
+    def move():
+        teleport_module(model, symmetry, objective, x, 1e-3, 10, optimizer)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = best_seconds(move if teleports else step, 5)
+    return Row(seconds, counter.get_total_flops() * (10 if teleports else 1))
+
+
 def figure_7(limit):
     """displacement_integration.py from a cold start, into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
@@ -254,6 +284,10 @@ ROWS = {
     "γ' and γ'', MNIST: 20 runs, closed form": lambda: curve("MNIST", exact=False),
     "γ' and γ'', MNIST: 20 runs, exact": lambda: curve("MNIST", exact=True),
     "curvature, MNIST: 5 runs, κ and dκ/dt": lambda: curvature_step(limit=0.1),
+    "CNN: a training step, 100 images": lambda: module(teleport_cnn.network(1), False),
+    "CNN: a teleport of 10 steps": lambda: module(teleport_cnn.network(1), True),
+    "transformer: a training step, 100 images": lambda: module(transformer(), False),
+    "transformer: a teleport of 10 steps": lambda: module(transformer(), True),
 }
 
 

@@ -22,6 +22,7 @@ import displacement_integration
 import init_directory
 import models
 import multi_layer_regression
+import teleport_cnn
 import teleport_optimization
 import teleport_sharpness_curvature
 import teleportation
@@ -151,6 +152,7 @@ def test_results_that_are_not_finite_name_the_runs(name):
 SCRIPTS = {
     "correlation": correlation,
     "displacement_integration": displacement_integration,
+    "teleport_cnn": teleport_cnn,
     "teleport_optimization": teleport_optimization,
     "teleport_sharpness_curvature": teleport_sharpness_curvature,
     "multi_layer_regression": multi_layer_regression,
@@ -158,7 +160,7 @@ SCRIPTS = {
 }
 BAD_OPTIONS = [
     *((name, ["--frobnicate"], "unrecognized arguments: --frobnicate") for name in SCRIPTS),
-    *((name, ["--output"], "--output: expected one argument") for name in list(SCRIPTS)[:5]),
+    *((name, ["--output"], "--output: expected one argument") for name in list(SCRIPTS)[:6]),
     *(
         (name, ["--plot-only"], "missing: run without --plot-only")
         for name in SCRIPTS
@@ -173,6 +175,8 @@ BAD_OPTIONS = [
     ("correlation", ["--batches", "9" * 5000], "is not a whole number from 1"),
     ("correlation", ["--device", "abacus"], "there is no device 'abacus' here; try cpu"),
     ("correlation", ["--device", "meta"], "there is no device 'meta' here; try cpu"),
+    ("teleport_cnn", ["--optimizer", "AdaGrad"], "invalid choice: 'AdaGrad'"),
+    ("teleport_cnn", ["--epochs", "2"], "'2' is not a whole number from 3"),
     ("teleport_optimization", ["--optimizer", "LBFGS"], "invalid choice: 'LBFGS'"),
     ("teleport_optimization", ["--dataset", "MNIST", "CIFAR10"], "unrecognized arguments"),
     ("teleport_optimization", ["--runs", "1"], "'1' is not a whole number from 2"),
