@@ -71,7 +71,9 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
             plot_mean(losses, epochs, test_loss, **style)
             if train_loss is not None:
                 plot_mean(losses, epochs, train_loss, color=color, ls="--")
-    losses.set(title=title, xlabel="epoch", ylabel="loss (dashed: training)")
+    trained = any(train_loss is not None for _, train_loss, _ in arms.values())
+    ylabel = "loss (dashed: training)" if trained else "test loss"
+    losses.set(title=title, xlabel="epoch", ylabel=ylabel)
     plain_log_axis(losses, "y")
     differences.set(title="test loss − plain's, 95 % interval", xlabel="epoch", xlim=xlim)
     legend_beside(differences)

@@ -109,6 +109,11 @@ def test_numbers_in_the_readme_are_those_of_the_summaries():
     adam = summary("optimization")["MNIST_Adam"]
     lower = -adam["differences"]["teleport − plain"]["5"]["mean"]
     assert f"{lower:.3f} lower ({adam['plain']['5']:.3f} without teleporting)" in README
+    for name in ("Adam", "SGD"):
+        last = summary("cnn")[name]["differences"]["teleport − plain"]["10"]
+        mean, low, high = (f"{last[key]:+.3f}".replace("-", "−") for key in ("mean", "low", "high"))
+        assert f"{mean} [{low}, {high}] with {name}" in README
+        assert last["low"] < 0 < last["high"]
     back = summary("displacement")["displacement"]["parabola_back_at_straight_line"]
     assert f"k r = {back['kr']:.2f}" in RESULTS
 
