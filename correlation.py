@@ -60,12 +60,13 @@ QUANTITIES = {
 }
 # what the paper claims: the sign of the correlation with the test loss
 CLAIMED = {"sharpness": 1, "excess": 1, "curvature": -1, "exact_curvature": -1}
-KINDS = "positive orthant", "sphere"
+KINDS = "orthant", "sphere"
 SWEEP = np.logspace(-4, 2, 19)  # radii of φ_t − L, one direction a batch for all of them
 SWEEP_BATCHES = 20
 RESCALED = 10  # networks that are moved along rescalings, to less and more of φ, then of ψ
-RESCALED_BATCHES = 20
 RESCALING_STEPS, RESCALING_LENGTH = 12, 0.35
+RESCALING_BATCH = 1500  # images that they are moved on
+RESCALED_BATCHES = 20  # earlier ones, that they are estimated on
 
 
 # Computation
@@ -197,8 +198,7 @@ def rescaled_stack(data, weights, sphere, path, settings, bar):
     def step(state):
         few, radii = [w[:RESCALED] for w in weights], RADII[data.name]
         batches = [shuffled_batch(data, ESTIMATION_BATCH, k) for k in range(RESCALED_BATCHES)]
-        later = shuffled_batch(data, 5 * ESTIMATION_BATCH, RESCALED_BATCHES // 5)
-        moved = rescale(few, *later, radii[2::4], sphere)
+        moved = rescale(few, *shuffled_batch(data, RESCALING_BATCH, 3), radii[2::8], sphere)
         few = [torch.cat([w[None], new]) for w, new in zip(few, moved)]
         rows = [estimate(few, *b, radii, k, ACTIVATION, sphere) for k, b in enumerate(batches)]
         return {key: torch.stack(row).mean(0) for key, row in zip(ESTIMATES, zip(*rows))}
@@ -227,7 +227,7 @@ def logs_of(path, settings, state, args):
     settings = settings | dict(estimation_batch=ESTIMATION_BATCH)
     settings |= dict(networks=state["test_loss"].tolist())
     own = settings | dict(directions=kind, radii=radii, estimates=ESTIMATES)
-    steps = dict(steps=RESCALING_STEPS, length=RESCALING_LENGTH, batches=RESCALED_BATCHES)
+    steps = dict(steps=RESCALING_STEPS, length=RESCALING_LENGTH, images=RESCALING_BATCH)
     return {
         "estimates": (path.with_name(f"{path.stem}-{kind}.npz"), own),
         "sweep": (path.with_name(f"{path.stem}-sweep.npz"), settings | dict(radii=list(SWEEP))),
@@ -467,11 +467,11 @@ def draw_radii(name, radii, path):
             mean = [r["pearson"] for r in found[key]]
             band = zip(*(r["interval"] for r in found[key]))
             plots.plot_with_band(axes, t, mean, *band, color=color, label=label, marker=".")
-        axes.plot(t, found["reliability"], ":", color=plots.GREY, label="reliability of φ_t − L")
+        axes.plot(t, found["reliability"], ":", color=plots.GREY, label=r"reliability of $φ_t - L$")
         for broken in t[~found["works"]][:1]:
             axes.axvline(broken, color="black", ls="--", label="the mean loss is that of a guess")
         axes.set(xscale="log", ylim=(-1, 1), xlabel="radius t", title=f"{TITLES[name]}, {kind}")
-    figure.axes[0].set_ylabel("correlation of φ_t − L\nwith the test loss")
+    figure.axes[0].set_ylabel("correlation of $φ_t - L$\nwith the test loss")
     plots.legend_beside(figure.axes[1])
     figure.tight_layout()
     plots.save_figure(figure, path)
@@ -487,9 +487,12 @@ def draw_rescalings(name, results, rescaled, path):
         axes.scatter(np.zeros_like(results[key]), results[key], s=6, color="black", alpha=0.3)
         axes.vlines(x, found["low"], found["high"], color=plots.BLUE)
         axes.scatter(x, found["start"], s=12, color=plots.BLUE)
-        width = np.ptp(found["spread"])
-        axes.set_yscale("symlog", linthresh=width)
-        axes.set(title=f"{TITLES[name]}: {QUANTITIES[key]}", xlabel="network (0: all)")
+        if key == "curvature":
+            axes.set_yscale("log")
+        else:  # of both signs
+            axes.set_yscale("symlog", linthresh=np.ptp(found["spread"]))
+        axes.set_xticks([0, *x], ["all", *x])
+        axes.set(title=f"{TITLES[name]}: {QUANTITIES[key]}", xlabel="network")
     figure.tight_layout()
     plots.save_figure(figure, path)
 
