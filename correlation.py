@@ -298,39 +298,36 @@ def beyond_chance(r, p, claimed):
 
 
 def across_radii(results):
-    """Return what φ_t − L says at each radius, {kind: …}, and at which one it says most.
+    """Return what φ_t − L says at each radius, {kind: …}, and the partial r of the `least_p`.
 
-    Radii count until the mean loss is that of a guess. Reliability is Spearman and Brown's, from
-    halves of the batches: the share of the variance that is not noise of the directions.
+    r and partial r are [3, radii] with their intervals' ends. Radii are tested while a network
+    `works`: its mean loss is below that of a guess (or of itself). Reliability is Spearman and Brown's, of halves
+    of the batches: the share of the variance that is not due to batches and directions.
     """
-    loss, given, kinds = results["test_loss"], results["train_loss"].astype(float), {}
-    for i, kind in enumerate(KINDS):
-        halves = results["sweep"][:, i].astype(float)  # [2, len(SWEEP), runs]
-        excess = halves.mean(0)
-        between = [statistics.correlate(*pair)["pearson"] for pair in zip(*halves)]
-        kinds[kind] = {
-            "radius": results["sweep_radii"],
-            "works": (excess + given).mean(1) < np.log(10),
-            "reliability": [2 * r / (1 + r) for r in between],
-            "r": [statistics.correlate(e, loss) for e in excess],
-            "partial": [statistics.partial_correlation(e, loss, given) for e in excess],
-        }
-    tests = [
-        {"kind": kind, "radius": t} | partial
-        for kind, found in kinds.items()
-        for t, partial, works in zip(found["radius"], found["partial"], found["works"])
-        if works
-    ]
-    adjusted = statistics.holm([test["p"] for test in tests])
-    most = min(zip(adjusted, tests), key=lambda entry: entry[1]["p"], default=(1, {}))
-    return kinds | {"most": most[1] | {"holm": most[0], "tests": len(tests)}}
+    loss, given = results["test_loss"], results["train_loss"].astype(float)
+    t, kinds, tests = results["sweep_radii"], {}, []
+    for kind, halves in zip(KINDS, results["sweep"].astype(float).swapaxes(0, 1)):
+        excess = halves.mean(0)  # [radii, runs]
+        r = [statistics.correlate(row, loss) for row in excess]
+        partial = [statistics.partial_correlation(row, loss, given) for row in excess]
+        between = np.array([statistics.correlate(*pair)["pearson"] for pair in zip(*halves)])
+        works = (excess + given).mean(1) < max(np.log(10), 1.01 * given.mean())
+        tests += [{"kind": kind, "radius": t[k]} | partial[k] for k in works.nonzero()[0]]
+        bands = [
+            np.array([[e["pearson"], *e["interval"]] for e in rows]).T for rows in (r, partial)
+        ]
+        reliability = 2 * between / (1 + between)
+        kinds[kind] = dict(radius=t, works=works, reliability=reliability, r=bands[0])
+        kinds[kind]["partial"] = bands[1]
+    least = min(tests, key=lambda test: test["p"])
+    return kinds | {"least_p": least | {"holm": min(1, least["p"] * len(tests))}}
 
 
 def at_constant_function(results):
     """Return how far rescalings move φ − L and ψ: {quantity: {low, start, high: [RESCALED], …}}.
 
-    `spread` is the least and the greatest of all networks, and `covered` how many of those moved
-    cover it. Changes are measured on RESCALED_BATCHES batches.
+    `spread` is the least and the greatest of all networks, and `inside` the share of them that lies
+    inside each one's range. Changes are measured on RESCALED_BATCHES batches.
     """
     moved = {key: results[f"rescaled_{key}"].astype(float) for key in ESTIMATES}
     moved["excess"] = moved["sharpness"] - moved["batch_loss"]
@@ -340,8 +337,8 @@ def at_constant_function(results):
         values, change = results[key], moved[key] - moved[key][0]
         start, spread = values[: change.shape[1]], (values.min(), values.max())
         low, high = start + change.min(0), start + change.max(0)
-        covered = ((low <= spread[0]) & (high >= spread[1])).sum()
-        found[key] = dict(low=low, start=start, high=high, spread=spread, covered=covered)
+        inside = ((low <= values[:, None]) & (values[:, None] <= high)).mean(0)
+        found[key] = dict(low=low, start=start, high=high, spread=spread, inside=inside)
     return found
 
 
@@ -383,17 +380,19 @@ def verdicts(entry, adjusted):
     compatible = low <= entry["curvature"]["published"] <= high
     given = {q: entry[q]["given_train_loss"] for q in CLAIMED}
     beyond = {q: beyond_chance(given[q], adjusted[q], sign) for q, sign in CLAIMED.items()}
-    most, n = entry["radii"]["most"], len(entry["rescaled"]["excess"]["start"])
-    covered = [entry["rescaled"][key]["covered"] for key in ("excess", "curvature")]
-    psi = beyond_chance(entry["curvature"], 0, -1)
+    least, psi = entry["radii"]["least_p"], beyond_chance(entry["curvature"], 0, -1)
+    where = "{pearson:.2f} at t = {radius:.2g}, {kind}; Holm's p = {holm:.2g}".format(**least)
+    inside = [entry["rescaled"][key]["inside"] for key in ("excess", "curvature")]
     return {
         "φ: the published r": "reproduced (the number)" if reproduced else "not reproduced",
         "sharper minima generalise worse, given the loss": beyond["excess"],
-        "the same at any radius": beyond_chance(most, most["holm"], 1) if most["tests"] else "–",
+        "the same at any radius": f"{beyond_chance(least, least['holm'], 1)} ({where})",
         "ψ: the published r": f"{'compatible' if compatible else 'not compatible'}; {psi}",
         "more curved minima generalise better, given the loss": beyond["curvature"],
         "the same by the exact γ″": beyond["exact_curvature"],
-        "rescalings cover the spread of φ − L; of ψ": "; ".join(f"{c} of {n}" for c in covered),
+        "networks inside the range of one that is rescaled: φ − L; ψ": "; ".join(
+            f"{100 * share.mean():.0f} % (least: {100 * share.min():.0f} %)" for share in inside
+        ),
     }
 
 
@@ -433,10 +432,8 @@ def caption(made, tests):
     text = "{runs} networks, {epochs} epochs, {batches} batches".format(**made)
     text += f", directions on the {'sphere' if made['sphere'] else 'positive orthant'}"
     text += "; on the sample of 1,000 images, not on the paper's data" * made["sample"]
-    text += (
-        ". L: the loss on φ's batches; gap: test loss − training loss. Holm's correction is over"
-    )
-    return f"{text} the {tests} partial correlations, and over all radii of a dataset"
+    text += ". L: the loss on φ's batches; gap: test loss − training loss. Holm's correction: over "
+    return f"{text}the {tests} partial correlations, and over the radii of a dataset"
 
 
 # Figures
@@ -464,9 +461,7 @@ def draw_radii(name, radii, path):
             ("r", "r", plots.BLUE),
             ("partial", "partial r given the training loss", plots.RED),
         ):
-            mean = [r["pearson"] for r in found[key]]
-            band = zip(*(r["interval"] for r in found[key]))
-            plots.plot_with_band(axes, t, mean, *band, color=color, label=label, marker=".")
+            plots.plot_with_band(axes, t, *found[key], color=color, label=label, marker=".")
         axes.plot(t, found["reliability"], ":", color=plots.GREY, label=r"reliability of $φ_t - L$")
         for broken in t[~found["works"]][:1]:
             axes.axvline(broken, color="black", ls="--", label="the mean loss is that of a guess")
@@ -498,8 +493,7 @@ def draw_rescalings(name, results, rescaled, path):
 
 
 def draw(name, results, summary, folder):
-    """Draw a dataset's three scatter plots, Figure 9 (test loss) and Figure 10 (ψ against φ), and
-    φ_t − L against the radius t, and what rescalings move."""
+    """Draw a dataset's Figure 9 (test loss), Figure 10 (ψ against φ), radii, and rescalings."""
     labels = {"test_loss": "test loss", "sharpness": "sharpness φ", "curvature": "curvature ψ"}
     for a, b, key in (
         ("curvature", "test_loss", "curvature"),

@@ -218,22 +218,27 @@ def test_the_table_says_what_made_up_results_say():
         "| **φ: the published r** | not reproduced |",
         "| **sharper minima generalise worse, given the loss** | association |",
         "| **more curved minima generalise better, given the loss** | no evidence |",
-        "| **the same at any radius** | association |",
-        "| **rescalings cover the spread of φ − L; of ψ** | 10 of 10; 0 of 10 |",
+        "| **the same at any radius** | association (1.00 at t = ",
+        "φ − L; ψ** | 100 % (least: 100 %); ",
     ):
         assert row in text, row
-    assert "Holm's correction is over the 4 partial correlations" in text
+    assert summary["rescaled"]["curvature"]["inside"].max() < 1
+    assert summary["rescaled"]["change_of_loss"] == 0
+    assert "Holm's correction: over the 4 partial correlations" in text
     assert "directions on the positive orthant." in text
 
 
-def test_radii_at_which_networks_guess_are_left_out():
+def test_radii_at_which_networks_guess_are_not_tested():
     results = made_up()
-    found = correlation.across_radii(results)
-    assert found["most"]["tests"] == 38 and found["most"]["holm"] < 1e-6
-    np.testing.assert_allclose(found["orthant"]["reliability"], 1)
     results["sweep"] = results["sweep"] + 3 * (correlation.SWEEP > 1)[:, None]
     found = correlation.across_radii(results)
-    assert found["most"]["tests"] == 2 * (correlation.SWEEP <= 1).sum()
+    assert found["orthant"]["works"].tolist() == (correlation.SWEEP <= 1).tolist()
+    np.testing.assert_allclose(found["sphere"]["reliability"], 1)
+    r, low, high = found["sphere"]["partial"]
+    assert ((low < r) & (r < high)).all() and r[0] > 0.99
+    least = found["least_p"]
+    assert least["radius"] <= 1
+    assert least["holm"] == pytest.approx(least["p"] * 2 * (correlation.SWEEP <= 1).sum())
 
 
 @pytest.mark.parametrize(
