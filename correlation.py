@@ -301,8 +301,8 @@ def across_radii(results):
     """Return what φ_t − L says at each radius, {kind: …}, and the partial r of the `least_p`.
 
     r and partial r are [3, radii] with their intervals' ends. Radii are tested while a network
-    `works`: its mean loss is below that of a guess (or of itself). Reliability is Spearman and Brown's, of halves
-    of the batches: the share of the variance that is not due to batches and directions.
+    `works`: the mean loss is below that of a guess, or as at 0. Reliability is Spearman and
+    Brown's, of halves of the batches: the share of the variance that is not noise.
     """
     loss, given = results["test_loss"], results["train_loss"].astype(float)
     t, kinds, tests = results["sweep_radii"], {}, []
