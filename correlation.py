@@ -316,7 +316,7 @@ def across_radii(results):
         bands = [
             np.array([[e["pearson"], *e["interval"]] for e in rows]).T for rows in (r, partial)
         ]
-        reliability = 2 * between / (1 + between)
+        reliability = (2 * between / (1 + between)).clip(min=0)
         kinds[kind] = dict(radius=t, works=works, reliability=reliability, r=bands[0])
         kinds[kind]["partial"] = bands[1]
     least = min(tests, key=lambda test: test["p"])
@@ -368,7 +368,8 @@ def summarise(name, results):
         summary[quantity]["given_train_loss"] = given
     for quantity, published in PUBLISHED_R.items():
         r = published.get(name, np.nan)
-        p = statistics.p_of_difference(summary[quantity]["pearson"], r, runs)
+        own = summary[quantity]["pearson"], runs
+        p = statistics.p_of_difference(*own, r, DEFAULTS["runs"])
         summary[quantity] |= {"published": r, "published_p": p}
     return summary
 
@@ -485,7 +486,7 @@ def draw_rescalings(name, results, rescaled, path):
         if key == "curvature":
             axes.set_yscale("log")
         else:  # of both signs
-            axes.set_yscale("symlog", linthresh=np.ptp(found["spread"]))
+            axes.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(np.ptp(found["spread"]))))
         axes.set_xticks([0, *x], ["all", *x])
         axes.set(title=f"{TITLES[name]}: {QUANTITIES[key]}", xlabel="network")
     figure.tight_layout()

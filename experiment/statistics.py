@@ -58,9 +58,10 @@ def partial_correlation(a, b, given):
     return {"pearson": r, "interval": list(np.tanh(np.arctanh(r) + [-width, width])), "p": p}
 
 
-def p_of_difference(r, other, runs):
+def p_of_difference(r, runs, other, other_runs):
     """Return the p-value of the difference of two correlations, each across so many runs."""
-    return 2 * stats.norm.sf(abs(np.arctanh(r) - np.arctanh(other)) * np.sqrt((runs - 3) / 2))
+    error = np.sqrt(1 / (runs - 3) + 1 / (other_runs - 3))
+    return 2 * stats.norm.sf(abs(np.arctanh(r) - np.arctanh(other)) / error)
 
 
 def holm(p):

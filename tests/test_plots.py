@@ -89,9 +89,9 @@ def test_holms_p_values_are_those_of_the_textbook():
 
 
 def test_correlations_of_two_studies_differ_by_fishers_z():
-    z = (np.arctanh(0.9) - np.arctanh(0.8)) / np.sqrt(2 / 97)
-    assert p_of_difference(0.8, 0.9, 100) == pytest.approx(2 * stats.norm.sf(z))
-    assert p_of_difference(0.5, 0.5, 100) == 1
+    z = (np.arctanh(0.9) - np.arctanh(0.8)) / np.sqrt(1 / 97 + 1 / 7)
+    assert p_of_difference(0.8, 100, 0.9, 10) == pytest.approx(2 * stats.norm.sf(z))
+    assert p_of_difference(0.5, 50, 0.5, 100) == 1
 
 
 def test_arms_are_compared_by_pairs_of_runs_after_the_epochs_asked_for():
