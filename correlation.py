@@ -327,16 +327,17 @@ def at_constant_function(results):
     """Return how far rescalings move φ − L and ψ: {quantity: {low, start, high: [RESCALED], …}}.
 
     `spread` is the least and the greatest of all networks, and `inside` the share of them that lies
-    inside each one's range. Changes are measured on RESCALED_BATCHES batches.
+    inside each one's range. Changes (of ψ: factors) are measured on RESCALED_BATCHES batches.
     """
     moved = {key: results[f"rescaled_{key}"].astype(float) for key in ESTIMATES}
     moved["excess"] = moved["sharpness"] - moved["batch_loss"]
     drift = abs(moved["batch_loss"] / moved["batch_loss"][0] - 1).max()
     found = {"change_of_loss": drift}
     for key in ("excess", "curvature"):
-        values, change = results[key], moved[key] - moved[key][0]
-        start, spread = values[: change.shape[1]], (values.min(), values.max())
-        low, high = start + change.min(0), start + change.max(0)
+        values, at = results[key], moved[key]
+        start, spread = values[: at.shape[1]], (values.min(), values.max())
+        reached = start * at / at[0] if key == "curvature" else start + at - at[0]
+        low, high = reached.min(0), reached.max(0)
         inside = ((low <= values[:, None]) & (values[:, None] <= high)).mean(0)
         found[key] = dict(low=low, start=start, high=high, spread=spread, inside=inside)
     return found
