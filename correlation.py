@@ -149,7 +149,7 @@ def excess_loss(weights, x, y, k):
 
 
 def sweep_stack(data, weights, path, settings, bar):
-    """Return {"excess": [SWEEP_BATCHES, 2, len(SWEEP), runs]} of a stack; resume from `path`."""
+    """Return "excess", the `excess_loss` of a stack on each of SWEEP_BATCHES batches; resume."""
 
     def step(state):
         k = int(state["steps"])
@@ -279,7 +279,7 @@ def collect(name, args):
     results |= {f"rescaled_{key}": rescaled[key] for key in ESTIMATES}
     results["training_seconds"] = sum(stack["seconds"].sum() for stack in found)
     made = {key: vars(args)[key] for key in DEFAULTS} | {"radii": list(RADII[name])}
-    made["trained_by_commit"] = files.made_with_of(path)["commit"]
+    made["trained_by"] = sorted({str(files.made_with_of(path)["commit"]) for path in paths})
     seeds = {"seed": models.run_seeds(range(args.runs))}
     return settings | made, seeds | results, logs["estimates"][0]
 
