@@ -487,7 +487,7 @@ def draw_rescalings(name, results, rescaled, path):
         if key == "curvature":
             axes.set_yscale("log")
         else:  # of both signs
-            axes.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(np.ptp(found["spread"]))))
+            axes.set_yscale("symlog", linthresh=np.ptp(found["spread"]), linscale=2)
         axes.set_xticks([0, *x], ["all", *x])
         axes.set(title=f"{TITLES[name]}: {QUANTITIES[key]}", xlabel="network")
     figure.tight_layout()

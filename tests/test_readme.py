@@ -104,6 +104,11 @@ def test_numbers_in_the_readme_are_those_of_the_summaries():
     for quantity in ("sharpness", "curvature", "sharpness_and_train_loss", "train_loss"):
         values = ", ".join(f"{entry[quantity]['pearson']:.3f}" for entry in datasets)
         assert values.replace("-", "−") in README, quantity
+    given = (f"{entry['excess']['given_train_loss']['pearson']:.3f}" for entry in datasets)
+    assert ", ".join(given).replace("-", "−") in README
+    least = [entry["radii"]["least_p"] for entry in datasets]
+    assert [test["holm"] < 0.05 for test in least] == [False, False, True]
+    assert f"association on CIFAR-10 ({least[2]['pearson']:.2f})" in README
     adam = summary("optimization")["MNIST_Adam"]
     lower = -adam["differences"]["teleport − plain"]["5"]["mean"]
     assert f"{lower:.3f} lower ({adam['plain']['5']:.3f} without teleporting)" in README
