@@ -1,7 +1,7 @@
 """Correlation of sharpness φ and curvature ψ with the test loss: Table 1, Figures 9 and 10.
 
     python correlation.py                      # all of Table 1
-    python correlation.py --sample             # the same on the shipped sample, in a minute
+    python correlation.py --sample             # the same on the shipped sample, in three minutes
     python correlation.py --dataset MNIST --runs 20
 
 Trains networks that differ in their initial weights alone, as stacks, estimates φ (Eq. 4) and ψ
