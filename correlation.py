@@ -1,7 +1,7 @@
 """Correlation of sharpness φ and curvature ψ with the test loss: Table 1, Figures 9 and 10.
 
     python correlation.py                      # all of Table 1
-    python correlation.py --sample             # the same on the shipped sample, in a minute
+    python correlation.py --sample             # the same on the shipped sample, in three minutes
     python correlation.py --dataset MNIST --runs 20
 
 Trains networks that differ in their initial weights alone, as stacks, estimates φ (Eq. 4) and ψ
@@ -15,11 +15,23 @@ import time
 from experiment import files, launch, plots, statistics
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 import models
 from data import TITLES, load_data, shuffled_batch
-from teleportation import RADII, estimate
+from teleportation import (
+    RADII,
+    RESCALING,
+    ascend_to,
+    curvature,
+    curve_derivatives,
+    estimate,
+    perturbed_losses,
+    random_directions,
+    random_generators,
+    sharpness,
+)
 
 # Settings
 
@@ -37,7 +49,24 @@ PUBLISHED_R = {  # Table 1: Pearson's r with the test loss
     "sharpness": {"MNIST": 0.704, "FashionMNIST": 0.790, "CIFAR10": 0.899},
     "curvature": {"MNIST": -0.050, "FashionMNIST": -0.232, "CIFAR10": -0.167},
 }
-SYMBOLS = {"sharpness": "φ", "curvature": "ψ"}
+ESTIMATES = "sharpness", "curvature", "batch_loss", "exact_curvature"  # what `estimate` returns
+QUANTITIES = {
+    "sharpness": "φ",
+    "batch_loss": "L",
+    "excess": "φ − L",
+    "curvature": "ψ",
+    "exact_curvature": "ψ by the exact γ″",
+    "train_loss": "training loss",
+}
+# what the paper claims: the sign of the correlation with the test loss
+CLAIMED = {"sharpness": 1, "excess": 1, "curvature": -1, "exact_curvature": -1}
+KINDS = "orthant", "sphere"
+SWEEP = np.logspace(-4, 2, 19)  # radii of φ_t − L, one direction a batch for all of them
+SWEEP_BATCHES = 60
+RESCALED = 10  # networks that are moved along rescalings, to less and more of φ, then of ψ
+RESCALING_STEPS, RESCALING_LENGTH = 12, 0.35
+RESCALING_BATCH = 1500  # images that they are moved on
+RESCALED_BATCHES = 20  # earlier ones, that they are estimated on
 
 
 # Computation
@@ -72,19 +101,109 @@ def train_stack(data, runs, epochs, path, settings, bar):
 
 
 def estimate_stack(data, weights, batches, sphere, path, settings, bar):
-    """Estimate φ and ψ of a stack of networks on each batch; resume from `path`.
+    """Estimate φ, ψ and L of a stack of networks on each batch; resume from `path`.
 
-    Returns the arrays saved at `path`, sharpness and curvature: [batches, runs]. Stacks share the
-    batches' draws. More batches than asked for are kept.
+    Returns the arrays saved at `path`, the ESTIMATES: [batches, runs]. Stacks share the batches'
+    draws. More batches than asked for are kept.
     """
 
     def step(state):
         k = int(state["steps"])
         x, y = shuffled_batch(data, ESTIMATION_BATCH, k)
-        phi, psi = estimate(weights, x, y, RADII[data.name], k, ACTIVATION, sphere)
-        return files.appended(state, sharpness=phi, curvature=psi)
+        found = estimate(weights, x, y, RADII[data.name], k, ACTIVATION, sphere)
+        return files.appended(state, **dict(zip(ESTIMATES, found)))
 
     return files.resume(path, settings, dict, step, batches, bar, SAVE_EVERY)
+
+
+def mirrored(widths, radii, rng, sphere):
+    """Return `random_directions` [K, ...] and mirror images of the same distribution: [2K, ...].
+
+    On the sphere those are −d, on the orthant (nearly) d mirrored about (1, …, 1). The mean of the
+    two losses has no linear term but that along (1, …, 1), which chance would drown.
+    """
+    directions, mean = random_directions(widths, radii, rng, sphere), 0
+    if not sphere:
+        size = sum(d[0].numel() for d in directions)
+        mean = sum(d.sum((-2, -1), keepdim=True) for d in directions) / size
+    return [torch.cat([d, 2 * mean - d]) for d in directions]
+
+
+def excess_loss(weights, x, y, k):
+    """Return φ_t − L [2, len(SWEEP), runs] on the k-th batch, on the orthant and on the sphere.
+
+    All radii share a direction. The difference may be of the order of t²: double precision.
+    """
+    widths, rng = [len(x), *(w.shape[-2] for w in weights)], torch.Generator().manual_seed(k)
+    q, x = torch.linalg.qr(x.double())  # as in `estimate`
+    weights = [weights[0].double() @ q, *(w.double() for w in weights[1:])]
+    loss, t = models.cross_entropy(weights, x, y, ACTIVATION), torch.as_tensor(SWEEP).to(x)
+    rows = []
+    for sphere in (False, True):
+        d = [d.to(x) for d in mirrored(widths, [1.0], rng, sphere)]
+        d[0] = d[0] @ q
+        d = [(t[:, None, None, None] * part).flatten(0, 1) for part in d]
+        losses = perturbed_losses(weights, x, y, d, ACTIVATION)
+        rows.append(losses.unflatten(-1, (len(t), 2)).mean(-1).mT - loss)
+    return torch.stack(rows)
+
+
+def sweep_stack(data, weights, path, settings, bar):
+    """Return "excess", the `excess_loss` of a stack on each of SWEEP_BATCHES batches; resume."""
+
+    def step(state):
+        k = int(state["steps"])
+        batch = shuffled_batch(data, ESTIMATION_BATCH, k)
+        return files.appended(state, excess=excess_loss(weights, *batch, k))
+
+    return files.resume(path, settings, dict, step, SWEEP_BATCHES, bar, SAVE_EVERY)
+
+
+def rescale(weights, x, y, radii, sphere):
+    """Move networks [runs] as far as RESCALING_STEPS go, to less and to more of φ, then of ψ.
+
+    Returns them [4, runs]. φ is that of the batch x: [d_0, n], y: [n], ψ of its first images.
+    """
+    n = ESTIMATION_BATCH
+    widths, rng = [len(x), *(w.shape[-2] for w in weights)], torch.Generator().manual_seed(0)
+    directions = [d.to(x) for d in mirrored(widths, radii, rng, sphere)]
+    generators = zip(*(random_generators(widths, rng) for _ in radii))
+    generators = [torch.stack(Ms).to(x) for Ms in generators]
+    q, x = torch.linalg.qr(x)  # as in `estimate`
+    directions[0] = directions[0] @ q
+    below = [torch.stack([w, w]) for w in (weights[0] @ q, *weights[1:])]
+
+    def phi(weights):
+        return sharpness(weights, x, y, directions, ACTIVATION)
+
+    def psi(weights):
+        # x is triangular: its first n columns meet n weights of each unit
+        lists = [w.unsqueeze(-3) for w in (weights[0][..., :n], *weights[1:])]
+        return curvature(*curve_derivatives(lists, x[:n, :n], generators, ACTIVATION)).mean(-1)
+
+    ends = torch.tensor([[-torch.inf], [torch.inf]])
+    how = x, RESCALING_LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
+    moved = [ascend_to(ends, objective, below, *how)[0] for objective in (phi, psi)]
+    moved = [torch.cat(layer) for layer in zip(*moved)]
+    scale = moved[0].norm(dim=-1) / torch.cat([below[0], below[0]]).norm(dim=-1)
+    return [scale.unsqueeze(-1) * weights[0], *moved[1:]]
+
+
+def rescaled_stack(data, weights, sphere, path, settings, bar):
+    """Return ESTIMATES [5, RESCALED] of a stack's first networks: as they are, and `rescale`d.
+
+    They are means over the first RESCALED_BATCHES batches; `rescale` sees later images.
+    """
+
+    def step(state):
+        few, radii = [w[:RESCALED] for w in weights], RADII[data.name]
+        batches = [shuffled_batch(data, ESTIMATION_BATCH, k) for k in range(RESCALED_BATCHES)]
+        moved = rescale(few, *shuffled_batch(data, RESCALING_BATCH, 3), radii[2::8], sphere)
+        few = [torch.cat([w[None], new]) for w, new in zip(few, moved)]
+        rows = [estimate(few, *b, radii, k, ACTIVATION, sphere) for k, b in enumerate(batches)]
+        return {key: torch.stack(row).mean(0) for key, row in zip(ESTIMATES, zip(*rows))}
+
+    return files.resume(path, settings, dict, step, 1, bar)
 
 
 def stacks(name, args):
@@ -102,12 +221,18 @@ def stacks(name, args):
     return {folder / f"runs{runs[0]:03d}-{runs[-1]:03d}.npz": runs for runs in parts}, settings
 
 
-def log_of_estimates(path, settings, state, args):
-    """Return where the estimates of the stack that was trained to `state` lie, and settings."""
-    kind = "sphere" if args.sphere else "orthant"
-    settings = settings | dict(directions=kind, radii=list(RADII[settings["dataset"]]))
-    settings |= dict(estimation_batch=ESTIMATION_BATCH, networks=state["test_loss"].tolist())
-    return path.with_name(f"{path.stem}-{kind}.npz"), settings
+def logs_of(path, settings, state, args):
+    """Return where what is estimated of the stack trained to `state` lies, with its settings."""
+    kind, radii = "sphere" if args.sphere else "orthant", list(RADII[settings["dataset"]])
+    settings = settings | dict(estimation_batch=ESTIMATION_BATCH)
+    settings |= dict(networks=state["test_loss"].tolist())
+    own = settings | dict(directions=kind, radii=radii, estimates=ESTIMATES)
+    steps = dict(steps=RESCALING_STEPS, length=RESCALING_LENGTH, images=RESCALING_BATCH)
+    return {
+        "estimates": (path.with_name(f"{path.stem}-{kind}.npz"), own),
+        "sweep": (path.with_name(f"{path.stem}-sweep.npz"), settings | dict(radii=list(SWEEP))),
+        "rescaled": (path.with_name(f"{path.stem}-{kind}-rescaled.npz"), own | steps),
+    }
 
 
 def compute(args):
@@ -122,77 +247,195 @@ def compute(args):
             title = f"{TITLES[name]}, runs {runs[0]} to {runs[-1]}"
             with launch.progress_bar(args.epochs, "epoch", f"{title}: training") as bar:
                 state = train_stack(data, runs, args.epochs, path, settings, bar)
-            log = log_of_estimates(path, settings, state, args)
+            logs = logs_of(path, settings, state, args)
             weights = models.from_arrays(state, args.device)
             with launch.progress_bar(args.batches, "batch", f"{title}: φ and ψ") as bar:
-                estimate_stack(data, weights, args.batches, args.sphere, *log, bar)
+                estimate_stack(data, weights, args.batches, args.sphere, *logs["estimates"], bar)
+            with launch.progress_bar(SWEEP_BATCHES, "batch", f"{title}: radii") as bar:
+                sweep_stack(data, weights, *logs["sweep"], bar)
+            if runs[0] == 0:
+                with launch.progress_bar(1, "move", f"{title}: rescalings") as bar:
+                    rescaled_stack(data, weights, args.sphere, *logs["rescaled"], bar)
 
 
 def collect(name, args):
     """Return the results of each network, [runs], with their settings and a log they are from."""
     paths, settings = stacks(name, args)
-    found = []
-    for path in paths:
+    found, sweep, rescaled = [], [], {}
+    for path, runs in paths.items():
         state = files.load_steps(path, settings, args.epochs)
-        estimates = files.load_steps(*log_of_estimates(path, settings, state, args), args.batches)
-        means = {key: estimates[key][: args.batches].mean(0, dtype=float) for key in SYMBOLS}
+        logs = logs_of(path, settings, state, args)
+        estimates = files.load_steps(*logs["estimates"], args.batches)
+        means = {key: estimates[key][: args.batches].mean(0, dtype=float) for key in ESTIMATES}
         found.append(state | means)
-    keys = "train_loss", "test_loss", "test_accuracy", *SYMBOLS
+        sweep.append(files.load_steps(*logs["sweep"], SWEEP_BATCHES)["excess"])
+        if runs[0] == 0:
+            rescaled = files.load_steps(*logs["rescaled"], 1)
+    keys = "train_loss", "test_loss", "test_accuracy", *ESTIMATES
     results = {key: np.concatenate([stack[key] for stack in found]) for key in keys}
+    results["excess"] = results["sharpness"] - results["batch_loss"]
+    halves = np.concatenate(sweep, -1).reshape(2, -1, 2, len(SWEEP), args.runs).mean(1)
+    results |= {"sweep": halves.astype(np.float32), "sweep_radii": SWEEP}
+    results |= {f"rescaled_{key}": rescaled[key] for key in ESTIMATES}
     results["training_seconds"] = sum(stack["seconds"].sum() for stack in found)
     made = {key: vars(args)[key] for key in DEFAULTS} | {"radii": list(RADII[name])}
-    return settings | made, {"seed": models.run_seeds(range(args.runs))} | results, path
+    made["trained_by"] = sorted({str(files.made_with_of(path)["commit"]) for path in paths})
+    seeds = {"seed": models.run_seeds(range(args.runs))}
+    return settings | made, seeds | results, logs["estimates"][0]
 
 
 # Statistics
 
 
+def beyond_chance(r, p, claimed):
+    """Return in words what a correlation is evidence of; p: Holm's; claimed: its sign, claimed."""
+    low, high = r["interval"]
+    if low <= 0 <= high:
+        return "no evidence"
+    if p >= 0.05:
+        return "not significant (Holm)"
+    return "association" if claimed * r["pearson"] > 0 else "association of the opposite sign"
+
+
+def across_radii(results):
+    """Return what φ_t − L says at each radius, {kind: …}, and the partial r of the `least_p`.
+
+    r and partial r are [3, radii] with their intervals' ends. Radii are tested while a network
+    `works`: the mean loss is below that of a guess, or as at 0. Reliability is Spearman and
+    Brown's, of halves of the batches: the share of the variance that is not noise.
+    """
+    loss, given = results["test_loss"], results["train_loss"].astype(float)
+    t, kinds, tests = results["sweep_radii"], {}, []
+    for kind, halves in zip(KINDS, results["sweep"].astype(float).swapaxes(0, 1)):
+        excess = halves.mean(0)  # [radii, runs]
+        r = [statistics.correlate(row, loss) for row in excess]
+        partial = [statistics.partial_correlation(row, loss, given) for row in excess]
+        between = np.array([statistics.correlate(*pair)["pearson"] for pair in zip(*halves)])
+        works = (excess + given).mean(1) < max(np.log(10), 1.01 * given.mean())
+        tests += [{"kind": kind, "radius": t[k]} | partial[k] for k in works.nonzero()[0]]
+        bands = [
+            np.array([[e["pearson"], *e["interval"]] for e in rows]).T for rows in (r, partial)
+        ]
+        reliability = (2 * between / (1 + between)).clip(min=0)
+        kinds[kind] = dict(radius=t, works=works, reliability=reliability, r=bands[0])
+        kinds[kind]["partial"] = bands[1]
+    least = min(tests, key=lambda test: test["p"])
+    return kinds | {"least_p": least | {"holm": min(1, least["p"] * len(tests))}}
+
+
+def at_constant_function(results):
+    """Return how far rescalings move φ − L and ψ: {quantity: {low, start, high: [RESCALED], …}}.
+
+    `spread` is the least and the greatest of all networks, and `inside` the share of them that lies
+    inside each one's range. Changes (of ψ: factors) are measured on RESCALED_BATCHES batches.
+    """
+    moved = {key: results[f"rescaled_{key}"].astype(float) for key in ESTIMATES}
+    moved["excess"] = moved["sharpness"] - moved["batch_loss"]
+    drift = abs(moved["batch_loss"] / moved["batch_loss"][0] - 1).max()
+    found = {"change_of_loss": drift}
+    for key in ("excess", "curvature"):
+        values, at = results[key], moved[key]
+        start, spread = values[: at.shape[1]], (values.min(), values.max())
+        reached = start * at / at[0] if key == "curvature" else start + at - at[0]
+        low, high = reached.min(0), reached.max(0)
+        inside = ((low <= values[:, None]) & (values[:, None] <= high)).mean(0)
+        found[key] = dict(low=low, start=start, high=high, spread=spread, inside=inside)
+    return found
+
+
 def summarise(name, results):
     """Return what summary.json says of a dataset: its correlations and their context."""
-    correlate, partial = statistics.correlate, statistics.partial_correlation
-    loss, others = results["test_loss"].astype(float), dict(zip(SYMBOLS, reversed(SYMBOLS)))
+    correlate, runs = statistics.correlate, len(results["test_loss"])
+    loss, train_loss = (results[key].astype(float) for key in ("test_loss", "train_loss"))
     summary = {
-        "runs": len(loss),
+        "runs": runs,
         "test_loss_mean": loss.mean(),
         "test_loss_std": loss.std(ddof=1),
         "test_accuracy_mean": results["test_accuracy"].mean(dtype=float),
         "training_seconds": results["training_seconds"].round(1),
         "sharpness_and_curvature": correlate(results["sharpness"], results["curvature"]),
-        "sharpness_and_train_loss": correlate(results["sharpness"], results["train_loss"]),
-        "train_loss": correlate(results["train_loss"], loss),
+        "sharpness_and_train_loss": correlate(results["sharpness"], train_loss),
+        "exact_and_closed": correlate(results["exact_curvature"], results["curvature"])
+        | {"ratio": (results["exact_curvature"] / results["curvature"]).mean()},
+        "radii": across_radii(results),
+        "rescaled": at_constant_function(results),
     }
-    for quantity, other in others.items():
+    for quantity in QUANTITIES:
         summary[quantity] = correlate(results[quantity], loss) | {
-            "given_the_other": partial(results[quantity], loss, results[other]),
-            "published": PUBLISHED_R[quantity].get(name, np.nan),
+            "gap": correlate(results[quantity], loss - train_loss)
         }
+    for quantity in CLAIMED:
+        given = statistics.partial_correlation(results[quantity], loss, train_loss)
+        summary[quantity]["given_train_loss"] = given
+    for quantity, published in PUBLISHED_R.items():
+        r = published.get(name, np.nan)
+        own = summary[quantity]["pearson"], runs
+        p = statistics.p_of_difference(*own, r, DEFAULTS["runs"])
+        summary[quantity] |= {"published": r, "published_p": p}
     return summary
 
 
-def table(summaries):
-    """Return Table 1 as Markdown, beside the published numbers."""
-    r = "{pearson:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-    formats = {
-        "Pearson's r [95 % interval]": r,
-        "p-value": "{p:.2g}",
-        "Pearson's r, published": "{published:.3f}",
-        "Spearman's ρ": "{spearman:.3f}",
-        "partial r, given the other": "{given_the_other:.3f}",
+def verdicts(entry, adjusted):
+    """Return {claim: verdict} for a dataset; adjusted: Holm's p of the partial r of CLAIMED."""
+    low, high = entry["curvature"]["interval"]
+    reproduced = entry["sharpness"]["published_p"] >= 0.05
+    compatible = low <= entry["curvature"]["published"] <= high
+    given = {q: entry[q]["given_train_loss"] for q in CLAIMED}
+    beyond = {q: beyond_chance(given[q], adjusted[q], sign) for q, sign in CLAIMED.items()}
+    least, psi = entry["radii"]["least_p"], beyond_chance(entry["curvature"], 0, -1)
+    where = "{pearson:.2f} at t = {radius:.2g}, {kind}; Holm's p = {holm:.2g}".format(**least)
+    inside = [entry["rescaled"][key]["inside"] for key in ("excess", "curvature")]
+    return {
+        "φ: the published r": "reproduced (the number)" if reproduced else "not reproduced",
+        "sharper minima generalise worse, given the loss": beyond["excess"],
+        "the same at any radius": f"{beyond_chance(least, least['holm'], 1)} ({where})",
+        "ψ: the published r": f"{'compatible' if compatible else 'not compatible'}; {psi}",
+        "more curved minima generalise better, given the loss": beyond["curvature"],
+        "the same by the exact γ″": beyond["exact_curvature"],
+        "networks inside the range of one that is rescaled: φ − L; ψ": "; ".join(
+            f"{100 * share.mean():.0f} % (least: {100 * share.min():.0f} %)" for share in inside
+        ),
     }
-    lines = [
-        (f"{quantity} {symbol}: {label}", quantity, f)
-        for quantity, symbol in SYMBOLS.items()
-        for label, f in formats.items()
-    ]
-    lines += [("training loss: Pearson's r [95 % interval]", "train_loss", r)]
-    lines += [("training loss with φ: Pearson's r [95 % interval]", "sharpness_and_train_loss", r)]
-    rows = [[label, *(f.format(**e[key]) for e in summaries.values())] for label, key, f in lines]
-    header = ["correlation with the test loss", *(TITLES[name] for name in summaries)]
-    made = next(iter(summaries.values()))["settings"]
-    caption = "{runs} networks, {epochs} epochs, {batches} batches".format(**made)
-    caption += f", directions on the {'sphere' if made['sphere'] else 'positive orthant'}"
-    caption += "; on the sample of 1,000 images, not on the paper's data" * made["sample"]
-    return f"{plots.markdown(header, rows)}\n{caption}.\n"
+
+
+def table(summaries):
+    """Return Table 1 as Markdown, beside the published numbers, and what it is evidence of."""
+    r = "{pearson:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    entries, family = list(summaries.values()), [(n, q) for n in summaries for q in CLAIMED]
+    p = statistics.holm([summaries[n][q]["given_train_loss"]["p"] for n, q in family])
+    holm = dict(zip(family, p))
+    rows = []
+    for q, symbol in QUANTITIES.items():
+        rows.append([f"{symbol}: r with the test loss", *(r.format(**e[q]) for e in entries)])
+        if q in PUBLISHED_R:
+            cells = (f"{e[q]['published']:.3f} ({e[q]['published_p']:.2g})" for e in entries)
+            rows.append([f"{symbol}: published r (p of the difference)", *cells])
+    for q in CLAIMED:
+        given = {name: entry[q]["given_train_loss"] for name, entry in summaries.items()}
+        cells = (
+            f"{r}, p = {{p:.2g}} ({holm[name, q]:.2g})".format(**e) for name, e in given.items()
+        )
+        rows.append([f"{QUANTITIES[q]}: partial r given the training loss, p (Holm's)", *cells])
+    for q, symbol in QUANTITIES.items():
+        rows.append([f"{symbol}: r with the gap", *(r.format(**e[q]["gap"]) for e in entries)])
+    for label, key in (
+        ("φ with the training loss: r", "sharpness_and_train_loss"),
+        ("ψ by the exact γ″ with ψ: r", "exact_and_closed"),
+    ):
+        rows.append([label, *(r.format(**e[key]) for e in entries)])
+    found = [verdicts(e, {q: holm[name, q] for q in CLAIMED}) for name, e in summaries.items()]
+    rows += [[f"**{claim}**", *(each[claim] for each in found)] for claim in found[0]]
+    header = ["r is Pearson's [95 % interval]", *(TITLES[name] for name in summaries)]
+    return f"{plots.markdown(header, rows)}\n{caption(entries[0]['settings'], len(family))}.\n"
+
+
+def caption(made, tests):
+    """Return what stands below the table; tests: how many are in Holm's family."""
+    text = "{runs} networks, {epochs} epochs, {batches} batches".format(**made)
+    text += f", directions on the {'sphere' if made['sphere'] else 'positive orthant'}"
+    text += "; on the sample of 1,000 images, not on the paper's data" * made["sample"]
+    text += ". L: the loss on φ's batches; gap: test loss − training loss. Holm's correction: over "
+    return f"{text}the {tests} partial correlations, and over the radii of a dataset"
 
 
 # Figures
@@ -208,9 +451,52 @@ def scatter(a, b, r, labels, title, path):
     plots.save_figure(axes.figure, path)
 
 
+def draw_radii(name, radii, path):
+    """Draw r and partial r of φ_t − L with the test loss against t; radii: of `across_radii`."""
+    figure = Figure(figsize=(8.4, 3.4))
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS):
+        found, published = radii[kind], RADII[name]
+        t = found["radius"]
+        axes.axvspan(published[0], published[-1], color=plots.GREY, alpha=0.15, lw=0)
+        axes.axhline(0, color="black", lw=0.6)
+        for key, label, color in (
+            ("r", "r", plots.BLUE),
+            ("partial", "partial r given the training loss", plots.RED),
+        ):
+            plots.plot_with_band(axes, t, *found[key], color=color, label=label, marker=".")
+        axes.plot(t, found["reliability"], ":", color=plots.GREY, label=r"reliability of $φ_t - L$")
+        for broken in t[~found["works"]][:1]:
+            axes.axvline(broken, color="black", ls="--", label="the mean loss is that of a guess")
+        axes.set(xscale="log", ylim=(-1, 1), xlabel="radius t", title=f"{TITLES[name]}, {kind}")
+    figure.axes[0].set_ylabel("correlation of $φ_t - L$\nwith the test loss")
+    plots.legend_beside(figure.axes[1])
+    figure.tight_layout()
+    plots.save_figure(figure, path)
+
+
+def draw_rescalings(name, results, rescaled, path):
+    """Draw how far φ − L and ψ move at constant function, beside all networks' values."""
+    figure = Figure(figsize=(7, 2.8))
+    for axes, key in zip(figure.subplots(1, 2), ("excess", "curvature")):
+        found = rescaled[key]
+        x = np.arange(len(found["start"])) + 1
+        axes.axhspan(*found["spread"], color=plots.GREY, alpha=0.3, lw=0)
+        axes.scatter(np.zeros_like(results[key]), results[key], s=6, color="black", alpha=0.3)
+        axes.vlines(x, found["low"], found["high"], color=plots.BLUE)
+        axes.scatter(x, found["start"], s=12, color=plots.BLUE)
+        if key == "curvature":
+            axes.set_yscale("log")
+        else:  # of both signs
+            axes.set_yscale("symlog", linthresh=np.ptp(found["spread"]), linscale=2)
+        axes.set_xticks([0, *x], ["all", *x])
+        axes.set(title=f"{TITLES[name]}: {QUANTITIES[key]}", xlabel="network")
+    figure.tight_layout()
+    plots.save_figure(figure, path)
+
+
 def draw(name, results, summary, folder):
-    """Draw a dataset's three scatter plots: Figure 9 (test loss) and Figure 10 (ψ against φ)."""
-    labels = {"test_loss": "test loss"} | {q: f"{q} {s}" for q, s in SYMBOLS.items()}
+    """Draw a dataset's Figure 9 (test loss), Figure 10 (ψ against φ), radii, and rescalings."""
+    labels = {"test_loss": "test loss", "sharpness": "sharpness φ", "curvature": "curvature ψ"}
     for a, b, key in (
         ("curvature", "test_loss", "curvature"),
         ("sharpness", "test_loss", "sharpness"),
@@ -218,6 +504,8 @@ def draw(name, results, summary, folder):
     ):
         r, path = summary[key]["pearson"], folder / f"{name}_{b}_vs_{a}"
         scatter(results[a], results[b], r, (labels[a], labels[b]), TITLES[name], path)
+    draw_radii(name, summary["radii"], folder / f"{name}_radii")
+    draw_rescalings(name, results, summary["rescaled"], folder / f"{name}_rescalings")
 
 
 # Options

@@ -225,7 +225,7 @@ def estimate_along(weights, data):
     """Return φ and ψ [arms, runs], Table 1's estimates as means over ESTIMATION_BATCHES batches."""
     batches = [shuffled_batch(data, ESTIMATION_BATCH, k) for k in range(ESTIMATION_BATCHES)]
     radii = RADII[data.name]
-    rows = [estimate(weights, *batch, radii, k, ACTIVATION) for k, batch in enumerate(batches)]
+    rows = [estimate(weights, *batch, radii, k, ACTIVATION)[:2] for k, batch in enumerate(batches)]
     return [torch.stack(column).mean(0) for column in zip(*rows)]
 
 

@@ -404,8 +404,8 @@ def check_like(weights, directions):
         )
 
 
-def sharpness(weights, x, y, directions, activation):
-    """Return φ (Eq. 4): the mean over k of the loss at w + d_k, [...] for each run.
+def perturbed_losses(weights, x, y, directions, activation):
+    """Return the losses [..., K] at w + d_k.
 
     x: [d_0, n], y: [n]; directions: a list like the weights with one more leading dimension, D[m]:
     [..., K, d_{m+1}, d_m], whose leading dimensions broadcast against the runs'. Directions
@@ -413,10 +413,15 @@ def sharpness(weights, x, y, directions, activation):
     """
     check_batch(weights, x, y)
     check_like(weights, directions)
-    total = 0
-    for upper, z in perturbed(weights, weights[0] @ x, x, directions):
-        total = total + cross_entropy_of_logits(propagate(upper, z, activation), y).sum(-1)
-    return warn_if_not_finite("φ", total / directions[0].shape[-3])
+    networks = perturbed(weights, weights[0] @ x, x, directions)
+    losses = [cross_entropy_of_logits(propagate(*network, activation), y) for network in networks]
+    return torch.cat(losses, -1)
+
+
+def sharpness(weights, x, y, directions, activation):
+    """Return φ (Eq. 4): the mean over k of the `perturbed_losses`, [...] for each run."""
+    losses = perturbed_losses(weights, x, y, directions, activation)
+    return warn_if_not_finite("φ", losses.mean(-1))
 
 
 def exponential(tM):
@@ -465,6 +470,18 @@ def curve_derivatives(weights, x, generators, activation, exact=False):
         second[m + 1] = second[m + 1] + U @ M2
         h = h_next
     return first, second
+
+
+def with_mixed_derivatives(weights, first, second, generators):
+    """Return the closed form's γ''(0) with the mixed derivatives that it leaves out.
+
+    Shapes are those of `curve_derivatives`. A weight W that is V of one pair and U of the pair
+    below follows A(t) exp(−tM), M that pair's: γ'' has −2 A' M too, and A' = γ' + W M. That makes
+    it the curve's own γ'' for two pairs where x has full column and h_1 full row rank.
+    """
+    shared = zip(weights[1:], first[1:], second[1:], generators[:-1])
+    mixed = [bend - 2 * (slope + w @ M) @ M for w, slope, bend, M in shared]
+    return [second[0], *mixed, second[-1]]
 
 
 def check_square(weights, generators, number=1):
@@ -625,10 +642,10 @@ def teleport_curvature(
 
 @torch.no_grad()
 def estimate(weights, x, y, radii, k, activation, sphere=False):
-    """Return φ and ψ [...] of each network on the k-th batch, as Table 1 estimates them.
+    """Return φ, ψ, the loss, and ψ by the exact γ'' [...] of each network on the k-th batch.
 
-    All networks share the batch's draws: a direction for each radius, and M for each pair of
-    layers. x: [d_0, n], y: [n].
+    φ and ψ are as Table 1 estimates them. All networks share the batch's draws: a direction for
+    each radius, and M for each pair of layers. x: [d_0, n], y: [n].
     """
     check_batch(weights, x, y)
     widths = [len(x), *(w.shape[-2] for w in weights)]
@@ -640,5 +657,12 @@ def estimate(weights, x, y, radii, k, activation, sphere=False):
     q, x = torch.linalg.qr(x)
     directions[0] = directions[0] @ q
     weights = [weights[0] @ q, *weights[1:]]
-    derivatives = curve_derivatives(weights, x, [M.to(x) for M in generators], activation)
-    return sharpness(weights, x, y, directions, activation), curvature(*derivatives)
+    generators = [M.to(x) for M in generators]
+    first, second = curve_derivatives(weights, x, generators, activation)
+    exact = with_mixed_derivatives(weights, first, second, generators)
+    return (
+        sharpness(weights, x, y, directions, activation),
+        curvature(first, second),
+        cross_entropy(weights, x, y, activation),
+        curvature(first, exact),
+    )

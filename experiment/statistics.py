@@ -44,6 +44,29 @@ def correlate(a, b):
 
 
 def partial_correlation(a, b, given):
-    """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed."""
+    """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed.
+
+    Its interval (Fisher's z) and p-value (Student's t) have one degree of freedom less than those
+    of `correlate`; with four runs the interval is all of [−1, 1].
+    """
     (_, r_ab, r_ag), (_, _, r_bg), _ = np.corrcoef([a, b, given])
-    return (r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2))
+    r = (r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2))
+    df = len(a) - 3
+    with np.errstate(divide="ignore"):
+        width = stats.norm.ppf(0.975) / np.sqrt(df - 1)
+    p = 2 * stats.t.sf(abs(r) * np.sqrt(df / (1 - r**2)), df)
+    return {"pearson": r, "interval": list(np.tanh(np.arctanh(r) + [-width, width])), "p": p}
+
+
+def p_of_difference(r, runs, other, other_runs):
+    """Return the p-value of the difference of two correlations, each across so many runs."""
+    error = np.sqrt(1 / (runs - 3) + 1 / (other_runs - 3))
+    return 2 * stats.norm.sf(abs(np.arctanh(r) - np.arctanh(other)) / error)
+
+
+def holm(p):
+    """Return p-values [tests] adjusted by Holm's method, for a family of tests."""
+    p = np.asarray(p, float)
+    order = p.argsort()
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted[order.argsort()]

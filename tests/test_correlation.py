@@ -19,10 +19,27 @@ from scipy import stats
 import correlation
 from conftest import GOLDEN
 from data import load_dataset, load_sample, shuffled_batch
-from models import BATCH, TRAINING, LeakyReLU, evaluate, init_weights, train_epoch_sgd
-from teleportation import RADII, estimate
+from models import (
+    BATCH,
+    TRAINING,
+    LeakyReLU,
+    cross_entropy,
+    evaluate,
+    forward,
+    init_weights,
+    train_epoch_sgd,
+)
+from teleportation import RADII, estimate, sharpness
 
 SMALL = ("--sample", "--dataset", "MNIST", "--runs", "4", "--epochs", "2", "--batches", "3")
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch):
+    """Less of what takes longest in a test: radii and rescalings."""
+    monkeypatch.setattr(correlation, "SWEEP_BATCHES", 2)
+    monkeypatch.setattr(correlation, "RESCALING_STEPS", 1)
+    monkeypatch.setattr(correlation, "RESCALING_BATCH", 200)
 
 
 def arrays(folder):
@@ -101,6 +118,7 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, cal
     assert done.returncode == 0, done.stderr
     figures = tmp_path / "figures/sample/correlation-4runs-2epochs-3batches"
     names = ["test_loss_vs_curvature", "test_loss_vs_sharpness", "curvature_vs_sharpness"]
+    names += ["radii", "rescalings"]
     expected = {f"MNIST_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
     expected |= {"MNIST.npz", "summary.json", "table.md"}
     assert {path.name for path in figures.iterdir()} == expected
@@ -109,6 +127,12 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(tmp_path, cal
     phi = logs["MNIST-sample-2epochs/runs000-003-orthant.npz", "sharpness"]
     assert phi.shape == (3, 4) and entry["runs"] == 4
     np.testing.assert_allclose(found["sharpness"], phi.mean(0), rtol=1e-6)
+    loss = logs["MNIST-sample-2epochs/runs000-003-orthant.npz", "batch_loss"]
+    np.testing.assert_allclose(found["excess"], (phi - loss).mean(0), atol=1e-7)
+    sweep = logs["MNIST-sample-2epochs/runs000-003-sweep.npz", "excess"]
+    assert sweep.shape == (correlation.SWEEP_BATCHES, 2, 19, 4)
+    np.testing.assert_allclose(found["sweep"].mean(0), sweep.mean(0), rtol=1e-5, atol=1e-9)
+    assert found["rescaled_curvature"].shape == (5, 4)
     assert found["seed"].tolist() == [54321 * (i + 1) for i in range(4)]
     for key in ("train_loss", "test_loss", "test_accuracy"):
         expected = logs["MNIST-sample-2epochs/runs000-003.npz", key]
@@ -150,39 +174,132 @@ def test_a_dataset_keeps_the_others_in_the_table(tmp_path, call):
     assert "| MNIST |\n" in other.stdout  # the other dataset has no such runs
 
 
-def test_the_table_says_what_made_up_results_say():
-    """φ is the test loss but for noise, ψ falls with φ and knows nothing of the test loss else."""
-    noise = np.random.default_rng(0).normal(size=(3, 60))
-    loss = 1 + noise[0]
+def made_up(runs=60):
+    """Results in which φ is the training loss, φ − L the gap, and ψ knows nothing."""
+    noise = np.random.default_rng(0).normal(size=(5, runs))
+    train_loss, gap = 1 + 0.1 * noise[0], 0.5 + 0.05 * noise[1]
+    excess = 0.01 * (gap - 0.5) + 1e-5 * noise[2]
+    sweep = np.broadcast_to(excess, (2, 2, 19, runs)) * correlation.SWEEP[:, None] ** 2
     results = {
-        "test_loss": loss,
-        "test_accuracy": np.linspace(0.8, 0.9, 60),
-        "sharpness": 3 * loss + 0.3 * noise[1],
-        "curvature": -loss - 0.1 * noise[1] + noise[2],
-        "train_loss": -2 * loss,
+        "train_loss": train_loss,
+        "test_loss": train_loss + gap,
+        "test_accuracy": np.linspace(0.8, 0.9, runs),
+        "batch_loss": train_loss,
+        "sharpness": train_loss + excess,
+        "excess": excess,
+        "curvature": 2 + noise[3],
+        "exact_curvature": 3 + noise[3],
         "training_seconds": np.float64(12.34),
+        "sweep": sweep + np.zeros((2, 2, 19, 1)),
+        "sweep_radii": correlation.SWEEP,
     }
+    few = [results[key][:10] for key in correlation.ESTIMATES]
+    for key, values in zip(correlation.ESTIMATES, few):
+        change = {"sharpness": [0, -1, 1, 0, 0], "curvature": [0, 0, 0, -9, 0.1]}.get(key, [0] * 5)
+        results[f"rescaled_{key}"] = values + np.array(change)[:, None]
+    return results
+
+
+def test_the_table_says_what_made_up_results_say():
+    results = made_up()
     summary = correlation.summarise("MNIST", results)
-    assert summary["sharpness"]["pearson"] == pytest.approx(1 / np.sqrt(1.01), abs=0.01)
-    assert summary["curvature"]["pearson"] == pytest.approx(-1 / np.sqrt(2), abs=0.1)
-    assert abs(summary["curvature"]["given_the_other"]) < 0.3
-    assert summary["sharpness"]["given_the_other"] > 0.95
-    assert summary["sharpness_and_curvature"]["pearson"] < -0.5
-    assert summary["train_loss"]["pearson"] == pytest.approx(-1)
-    assert summary["sharpness_and_train_loss"]["pearson"] == pytest.approx(
-        -summary["sharpness"]["pearson"]
-    )
-    assert summary["test_loss_mean"] == pytest.approx(loss.mean())
-    assert summary["test_loss_std"] == pytest.approx(loss.std() * np.sqrt(60 / 59))
+    assert summary["train_loss"]["pearson"] == pytest.approx(0.9, abs=0.05)
+    assert summary["excess"]["gap"]["pearson"] > 0.99
+    assert summary["excess"]["given_train_loss"]["pearson"] > 0.99
+    assert summary["exact_and_closed"]["pearson"] == pytest.approx(1)
+    assert summary["test_loss_std"] == pytest.approx(results["test_loss"].std(ddof=1))
     assert summary["test_accuracy_mean"] == pytest.approx(0.85)
     settings = {"runs": 60, "epochs": 1, "batches": 2, "sphere": False, "sample": False}
     text = correlation.table({"MNIST": summary | {"settings": settings}})
-    assert (
-        f"| sharpness φ: Pearson's r [95 % interval] | {summary['sharpness']['pearson']:.3f} ["
-        in text
+    phi = summary["sharpness"]["pearson"]
+    for row in (
+        f"| φ: r with the test loss | {phi:.3f} [",
+        "| ψ: published r (p of the difference) | -0.050 (",
+        "| **φ: the published r** | not reproduced |",
+        "| **sharper minima generalise worse, given the loss** | association |",
+        "| **more curved minima generalise better, given the loss** | no evidence |",
+        "| **the same at any radius** | association (1.00 at t = ",
+        "φ − L; ψ** | 100 % (least: 100 %); ",
+    ):
+        assert row in text, row
+    assert summary["rescaled"]["curvature"]["inside"].max() < 1
+    assert summary["rescaled"]["change_of_loss"] == 0
+    assert "Holm's correction: over the 4 partial correlations" in text
+    assert "directions on the positive orthant." in text
+
+
+def test_radii_at_which_networks_guess_are_not_tested():
+    results = made_up()
+    results["sweep"] = results["sweep"] + 3 * (correlation.SWEEP > 1)[:, None]
+    found = correlation.across_radii(results)
+    assert found["orthant"]["works"].tolist() == (correlation.SWEEP <= 1).tolist()
+    np.testing.assert_allclose(found["sphere"]["reliability"], 1)
+    r, low, high = found["sphere"]["partial"]
+    assert ((low < r) & (r < high)).all() and r[0] > 0.99
+    least = found["least_p"]
+    assert least["radius"] <= 1
+    assert least["holm"] == pytest.approx(least["p"] * 2 * (correlation.SWEEP <= 1).sum())
+
+
+@pytest.mark.parametrize(
+    "interval, p, words",
+    [
+        ([-0.1, 0.3], 0.01, "no evidence"),
+        ([0.1, 0.3], 0.2, "not significant (Holm)"),
+        ([0.1, 0.3], 0.01, "association"),
+        ([-0.3, -0.1], 0.01, "association of the opposite sign"),
+    ],
+)
+def test_what_an_interval_is_evidence_of(interval, p, words):
+    r = {"pearson": sum(interval) / 2, "interval": interval}
+    assert correlation.beyond_chance(r, p, 1) == words
+
+
+def network(runs=3):
+    """A small stack, and a batch of more images than units."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(300, 240, generator=rng), torch.randint(10, (240,), generator=rng)
+    return init_weights((300, 8, 6, 10), range(runs)), x, y
+
+
+def test_the_loss_around_a_network_at_each_radius_is_that_of_its_perturbations():
+    weights, x, y = network()
+    found = correlation.excess_loss(weights, x, y, 5)
+    rng, widths = torch.Generator().manual_seed(5), (300, 8, 6, 10)
+    plain = [w.double() for w in weights], x.double(), y
+    for row, sphere in zip(found, (False, True)):
+        directions = correlation.mirrored(widths, [1.0], rng, sphere)
+        for t, excess in zip(correlation.SWEEP, row):
+            moved = [t * d.double() for d in directions]
+            phi = sharpness(*plain, moved, LeakyReLU())
+            loss = cross_entropy(*plain, LeakyReLU())
+            torch.testing.assert_close(excess, phi - loss, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("sphere", [False, True])
+def test_mirrored_directions_have_the_same_length_and_no_other_mean(sphere):
+    d = correlation.mirrored((30, 8, 4), [0.5, 2.0], torch.Generator().manual_seed(1), sphere)
+    flat = torch.cat([part.flatten(1) for part in d], 1)
+    torch.testing.assert_close(flat.norm(dim=1), torch.tensor([0.5, 2.0, 0.5, 2.0]))
+    mean = (flat[:2] + flat[2:]) / 2
+    expected = 0 if sphere else flat[:2].mean(1, keepdim=True)
+    torch.testing.assert_close(mean, mean * 0 + expected, atol=1e-6, rtol=0)
+
+
+def test_rescalings_move_sharpness_and_curvature_and_keep_the_function():
+    weights, x, y = network()
+    radii = [0.5, 1.0]
+    moved = correlation.rescale(weights, x, y, radii, True)
+    assert [w.shape[:2] for w in moved] == [(4, 3)] * 3
+    logits = forward(weights, x, LeakyReLU())
+    torch.testing.assert_close(forward(moved, x, LeakyReLU()), logits.expand(4, -1, -1, -1))
+    start, *ends = (
+        torch.stack(estimate(w, x[:, :200], y[:200], radii, 9, LeakyReLU(), True)[:2])
+        for w in (weights, *zip(*moved))
     )
-    assert "| curvature ψ: Pearson's r, published | -0.050 |" in text
-    assert text.endswith("60 networks, 1 epochs, 2 batches, directions on the positive orthant.\n")
+    for quantity, (less, more) in enumerate([ends[:2], ends[2:]]):
+        assert (less[quantity] < start[quantity]).all()
+        assert (more[quantity] > start[quantity]).all()
 
 
 def test_directions_on_the_sphere_give_another_sharpness_and_the_same_curvature():
@@ -190,7 +307,7 @@ def test_directions_on_the_sphere_give_another_sharpness_and_the_same_curvature(
     weights = init_weights((12, 6, 5, 10), [1, 2])
     orthant, sphere = (estimate(weights, x, y, [1.0], 3, LeakyReLU(), kind) for kind in (0, 1))
     assert ((orthant[0] - sphere[0]).abs() > 1e-4).all()
-    assert torch.equal(orthant[1], sphere[1])
+    assert all(torch.equal(*pair) for pair in zip(orthant[1:], sphere[1:]))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, call):
@@ -223,9 +340,9 @@ def test_a_stacks_estimates_are_those_of_its_networks_on_each_batch(tmp_path):
     found = correlation.estimate_stack(data, weights, 3, False, tmp_path / "e.npz", {}, Bar())
     for k in range(3):
         batch = shuffled_batch(data, correlation.ESTIMATION_BATCH, k)
-        phi, psi = estimate(weights, *batch, RADII["MNIST"], k, LeakyReLU())
-        np.testing.assert_array_equal(found["sharpness"][k], phi)
-        np.testing.assert_array_equal(found["curvature"][k], psi)
+        expected = estimate(weights, *batch, RADII["MNIST"], k, LeakyReLU())
+        for key, values in zip(correlation.ESTIMATES, expected):
+            np.testing.assert_array_equal(found[key][k], values)
 
 
 def test_estimates_of_other_networks_are_refused(tmp_path, call):

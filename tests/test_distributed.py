@@ -35,6 +35,7 @@ def save(path, settings, arrays, *made_with):
 FAULT, original, done = os.environ.get("FAULT"), files.save, []
 correlation.draw, files.save = draw, save
 correlation.RUNS_PER_STACK = dict.fromkeys(correlation.RUNS_PER_STACK, 2)
+correlation.SWEEP_BATCHES, correlation.RESCALING_STEPS = 2, 1
 launch.run(correlation.main)
 """
 ARGUMENTS = ["--sample", "--dataset", "MNIST", "FashionMNIST", "--runs", "5", "--epochs", "3"]
@@ -77,7 +78,8 @@ def expected(folder, start):
         assert process.returncode == 0, output
     assert not list(folder.rglob("*.part"))
     found = arrays(folder / "one")
-    assert len({name for name, _ in found}) == 12  # each dataset's three stacks and their estimates
+    # of each dataset: three stacks, their estimates and radii, and rescalings of the first
+    assert len({name for name, _ in found}) == 2 * (3 * 3 + 1)
     return found
 
 

@@ -2,7 +2,14 @@
 
 from experiment import plots
 from experiment.plots import save_figure
-from experiment.statistics import compare_arms, correlate, paired_difference, partial_correlation
+from experiment.statistics import (
+    compare_arms,
+    correlate,
+    holm,
+    p_of_difference,
+    paired_difference,
+    partial_correlation,
+)
 
 import numpy as np
 import pytest
@@ -62,7 +69,29 @@ def test_partial_correlation_is_that_of_the_residuals():
         line = stats.linregress(given, values)
         residuals.append(values - line.slope * given - line.intercept)
     expected = np.corrcoef(*residuals)[0, 1]
-    assert partial_correlation(a, b, given) == pytest.approx(expected)
+    found = partial_correlation(a, b, given)
+    assert found["pearson"] == pytest.approx(expected)
+    # p is that of b's coefficient in the regression of a on b and given, with 40 − 3 degrees
+    design = np.stack([b, given, np.ones(40)], 1)
+    coefficients, (square,), *_ = np.linalg.lstsq(design, a, rcond=None)
+    error = np.sqrt(square / 37 * np.linalg.inv(design.T @ design)[0, 0])
+    assert found["p"] == pytest.approx(2 * stats.t.sf(abs(coefficients[0] / error), 37))
+    z, width = np.arctanh(expected), 1.959964 / np.sqrt(36)
+    assert found["interval"] == pytest.approx(np.tanh([z - width, z + width]), abs=1e-6)
+    few = partial_correlation(a[:4], b[:4], given[:4])
+    assert few["interval"] == [-1, 1] and 0 < few["p"] < 1
+
+
+def test_holms_p_values_are_those_of_the_textbook():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert len(holm([])) == 0
+
+
+def test_correlations_of_two_studies_differ_by_fishers_z():
+    z = (np.arctanh(0.9) - np.arctanh(0.8)) / np.sqrt(1 / 97 + 1 / 7)
+    assert p_of_difference(0.8, 100, 0.9, 10) == pytest.approx(2 * stats.norm.sf(z))
+    assert p_of_difference(0.5, 50, 0.5, 100) == 1
 
 
 def test_arms_are_compared_by_pairs_of_runs_after_the_epochs_asked_for():

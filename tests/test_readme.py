@@ -106,6 +106,11 @@ def test_numbers_in_the_readme_are_those_of_the_summaries():
     for quantity in ("sharpness", "curvature", "sharpness_and_train_loss", "train_loss"):
         values = ", ".join(f"{entry[quantity]['pearson']:.3f}" for entry in datasets)
         assert values.replace("-", "−") in README, quantity
+    given = (f"{entry['excess']['given_train_loss']['pearson']:.3f}" for entry in datasets)
+    assert ", ".join(given).replace("-", "−") in README
+    least = [entry["radii"]["least_p"] for entry in datasets]
+    assert [test["holm"] < 0.05 for test in least] == [False, False, True]
+    assert f"association on CIFAR-10 ({least[2]['pearson']:.2f})" in README
     adam = summary("optimization")["MNIST_Adam"]
     lower = -adam["differences"]["teleport − plain"]["5"]["mean"]
     assert f"{lower:.3f} lower ({adam['plain']['5']:.3f} without teleporting)" in README
@@ -120,7 +125,9 @@ def test_numbers_in_the_readme_are_those_of_the_summaries():
 
 def test_claims_of_the_readme_follow_from_the_summaries():
     for entry in summary("correlation").values():
-        assert abs(entry["curvature"]["given_the_other"]) < 0.2  # within sampling error of 0
+        for quantity in ("excess", "curvature", "exact_curvature"):
+            low, high = entry[quantity]["given_train_loss"]["interval"]
+            assert low < 0 < high, quantity  # no evidence beyond the training loss
     for name, entry in summary("optimization").items():
         last = entry["differences"]["kept − plain"]["40"]
         assert last["low"] < 0 < last["high"], name

@@ -135,7 +135,7 @@ def test_estimators_stay_on_their_device(small):
         *curvature_along(small.weights, small.x, M, 1, small.activation),
         curvature(*curve_derivatives(small.weights, small.x, generators, small.activation, True)),
     ]
-    assert [(r.device.type, r.shape) for r in results] == [("meta", (2,))] * 7
+    assert [(r.device.type, r.shape) for r in results] == [("meta", (2,))] * 9
 
 
 def test_teleports_stay_on_their_device(small):

@@ -33,6 +33,7 @@ from teleportation import (
     teleport,
     teleport_curvature,
     teleport_sharpness,
+    with_mixed_derivatives,
 )
 
 WIDTHS = (12, 6, 5, 10)
@@ -346,12 +347,15 @@ def test_estimates_are_those_of_each_network_on_the_whole_inputs(activation):
     x = torch.rand(300, 40, generator=generator, dtype=torch.float64)
     y = torch.randint(10, (40,), generator=generator)
     weights = [w.double() for w in init_weights(widths, [1, 2, 3])]
-    phi, psi = estimate(weights, x, y, radii, 4, activation)
+    phi, psi, loss, exact = estimate(weights, x, y, radii, 4, activation)
     M = random_generators(widths, torch.Generator().manual_seed(4 * 12345))
     d = random_directions(widths, radii, torch.Generator().manual_seed(4 * 12345 + 1))
     M, d = [m.double() for m in M], [direction.double() for direction in d]
     torch.testing.assert_close(phi, sharpness(weights, x, y, d, activation))
     torch.testing.assert_close(psi, curvature(*curve_derivatives(weights, x, M, activation)))
+    torch.testing.assert_close(loss, cross_entropy(weights, x, y, activation))
+    curve = curve_derivatives(weights, x, M, activation, exact=True)
+    torch.testing.assert_close(exact, curvature(*curve))
 
 
 def test_random_group_elements_are_as_far_from_the_identity_as_the_given_ones():
@@ -608,6 +612,20 @@ def test_exact_curve_derivatives_are_finite_differences_of_the_curve(activation)
         torch.testing.assert_close(second[m], bend, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(closed_first[m], first[m])
     assert (closed_second[1] - second[1]).abs().max() > 1e-2  # V of one pair, U of another
+    completed = with_mixed_derivatives(weights, closed_first, closed_second, generators)
+    torch.testing.assert_close(completed, second)
+
+
+def test_the_mixed_derivatives_make_the_closed_form_exact_where_signs_differ(case, activation):
+    """Each network of a stack, and one pair alone, which has none."""
+    networks, x, _, _, generators = case
+    x = x[:, :8]
+    for weights in (networks, networks[:2]):
+        pairs = generators[: len(weights) - 1]
+        first, second = curve_derivatives(weights, x, pairs, activation)
+        completed = with_mixed_derivatives(weights, first, second, pairs)
+        exact = curve_derivatives(weights, x, pairs, activation, exact=True)
+        torch.testing.assert_close([first, completed], list(exact))
 
 
 @pytest.mark.parametrize("factor", [1.1, 0.99])
