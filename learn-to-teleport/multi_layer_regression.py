@@ -10,17 +10,17 @@ Two-layer regression, ½ |Y − W_1 σ(W_0 X)|², is minimised by the published 
     LSTM(update)          an LSTM gives the update of all weights
     LSTM(update,tele)     a second one gives T
 
-and by two that they are to be compared with: LSTM(lr), without T, and GD (tuned), with the step
-size that is best on training trajectories. Each method learns from several initial LSTMs. These
-are tasks of their own, which run in processes side by side, or under torchrun in its ranks, and
-go on from logs/learn-to-teleport/. The losses of all are in learn-to-teleport/figures/results.npz.
+and by some that they are to be compared with: LSTM(lr), without T; LSTM(update) trained on as many
+trajectories as LSTM(update,tele); all of them fed with scaled gradients; and GD (tuned), with the
+step size that is best on training trajectories. Each method learns from several initial LSTMs.
+These are tasks of their own, which run in processes side by side, or under torchrun in its ranks,
+and go on from logs/learn-to-teleport/. All losses are in learn-to-teleport/figures/results.npz.
 """
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: the tasks run side by side
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import math
 import multiprocessing
@@ -29,7 +29,6 @@ import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from typing import NamedTuple
 
 from experiment import PARENT, files, launch, plots
@@ -37,70 +36,66 @@ from experiment import PARENT, files, launch, plots
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
-from regression import (
-    FIRST_LR,
-    LR_RANGE,
-    T_NORM,
-    UNROLL,
-    UPDATE_RANGE,
-    Network,
-    draw_problem,
-    gradient_descent,
-    learned,
-    lstms_of,
-    matrices,
-    new_training,
-    restore,
-    rollout,
-    train_trajectory,
-)
+import regression
+from models import optimizer_from_arrays, optimizer_to_arrays
+from regression import Learned, Network, draw_problem, new_training, rollout, train_trajectory
 
 
 class Method(NamedTuple):
-    """A method's LSTMs, what they are trained on, and how it is drawn."""
+    """A method's LSTMs, what they are trained on, and how it is drawn.
+
+    Methods that differ in the number of trajectories alone share one training.
+    """
 
     networks: tuple
     trajectories: int
     steps: int  # of each trajectory
     colour: str
-    without: str = None  # the same method without teleports, which it is compared with
+    scaled: bool = False  # gradients, by `sign_and_log`
 
 
 LR, UPDATE = Network(("lr",), 20, 1e-4), Network(("update",), 300, 1e-3)
 LR_AND_T, T = Network(("lr", "T"), 20, 1e-4), Network(("T",), 300, 1e-4)
 METHODS = {
     "LSTM(lr)": Method((LR,), 30, 300, plots.SKY),
-    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300, plots.GREEN, "LSTM(lr)"),
+    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300, plots.GREEN),
     "LSTM(update)": Method((UPDATE,), 600, 100, plots.ORANGE),
-    "LSTM(update,tele)": Method((UPDATE, T), 700, 100, plots.RED, "LSTM(update)"),
+    "LSTM(update,tele)": Method((UPDATE, T), 700, 100, plots.RED),
+    "LSTM(update), 700": Method((UPDATE,), 700, 100, plots.PURPLE),
 }
+METHODS |= {f"{name}, scaled": m._replace(scaled=True) for name, m in METHODS.items()}
 QUICK = 100  # --quick trains on so many times fewer trajectories
-GD_LR = 3e-4
-GD_LRS = np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
+GD_LR, GD_LRS = 3e-4, np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
 TEST_STEPS, STEPS_SHOWN, CLAIMED_STEP = 100, (10, 30, 100), 30
 TEST_SETS = {
-    "published 5": [n * n * 12345 for n in range(1, 6)],
+    "published 5": [n * n * 12345 for n in range(5)],
     "fresh 100": [(i + 1) * 54321 for i in range(100)],
 }
 SEED = 54321  # initialisation i has the seed (i + 1) * SEED
-SEEDS = 10  # initialisations of each method; 3 are too few: which LSTM blows up hangs on rounding
+SEEDS = 10  # initialisations of each method
 SAVE_SECONDS = 20  # between saves during training
 REPEATS = 9  # of the run of CLAIMED_STEP steps whose seconds are measured
 LITTLE = 0.01  # so close to 1 a ratio of losses is no difference
-RESAMPLES = 2000  # of the bootstrap
 TUNED, PUBLISHED_5 = "GD (tuned)", "published 5"
+RANGES = [regression.FIRST_LR, regression.LR_RANGE, regression.UPDATE_RANGE, regression.T_NORM]
 COLOURS = {"GD": plots.BLACK, TUNED: plots.GREY} | {name: m.colour for name, m in METHODS.items()}
 
 
 def training_seeds(trajectories):
     """Return the published seeds of training trajectories."""
-    return [n * n * 12345 - 1 for n in range(1, trajectories + 1)]
+    return [n * n * 12345 - 1 for n in range(trajectories)]
 
 
 def draw_tests():
     """Return the trajectories of all TEST_SETS in turn, as one stack."""
     return draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+
+
+def gradient_descent(lr):
+    """Return GD for `rollout`; lr: a number, or a tensor that broadcasts over the weights."""
+    return lambda t, w, gradient: w - lr * gradient
 
 
 def tune_gradient_descent():
@@ -109,10 +104,10 @@ def tune_gradient_descent():
     They are those of LSTM(lr,tele). A loss that is not finite counts as larger than all others.
     """
     problem = draw_problem(training_seeds(METHODS["LSTM(lr,tele)"].trajectories))
-    problem = problem._replace(w=np.repeat(problem.w[None], len(GD_LRS), axis=0))
-    lrs = GD_LRS.astype(np.float32)[:, None, None, None, None]
+    problem = problem._replace(w=problem.w.expand(len(GD_LRS), *problem.w.shape))
+    lrs = torch.tensor(GD_LRS, dtype=torch.float32).view(-1, 1, 1, 1, 1)
     losses, _ = rollout(gradient_descent(lrs), problem, CLAIMED_STEP)
-    return float(GD_LRS[np.median(finite(losses[-1]), axis=1).argmin()])
+    return float(GD_LRS[np.median(finite(losses[-1].numpy()), axis=1).argmin()])
 
 
 def finite(losses):
@@ -120,39 +115,59 @@ def finite(losses):
     return np.where(np.isfinite(losses), losses, np.inf)
 
 
-def train(method, initialisation, path, settings, report):
-    """Do one task: train a method's LSTMs from an initialisation and test them; resume from `path`.
+def train(methods, initialisation, path, settings, report):
+    """Do one task: train and test LSTMs from an initialisation; resume from `path`.
 
-    report(n): called after n trajectories. In the end `path` has the LSTMs' matrices and, for the
-    trajectories of all TEST_SETS in turn, `loss` and `gradient_norm_squared`
-    [TEST_STEPS + 1, trajectories]. Until then it has the number of `trained` trajectories and
-    Adam's state instead; always the seconds spent. Raises UserError where a loss is not finite in
-    training.
+    methods: {name: Method} with one training. report(n): called after n trajectories. In the end
+    `path` has the LSTMs' parameters and, for each method and the trajectories of all TEST_SETS in
+    turn, "<name>: loss" and "<name>: gradient_norm_squared" [TEST_STEPS + 1, trajectories]. They
+    are nan where training has lost the LSTMs to a loss that is not finite, of which it warns. Until
+    then it has Adam's state, too; always the seconds spent.
     """
-    lstms, optimizers = new_training(method.networks, (initialisation + 1) * SEED)
+    method, *_ = methods.values()
+    lstms, optimizer = new_training(method.networks, method.scaled, (initialisation + 1) * SEED)
     state = {"trained": 0, "seconds": 0.0} | (files.load(path, settings) or {})
     first, start = int(state["trained"]), time.perf_counter() - state["seconds"]
     if first:
-        restore(lstms, optimizers, state)
+        lstms.load_state_dict({key: torch.tensor(state[key]) for key in lstms.state_dict()})
+        optimizer_from_arrays(optimizer, state)
         report(first)
-    saved = time.monotonic()
-    for i, seed in enumerate(training_seeds(method.trajectories)[first:], first):
-        try:
-            train_trajectory(method.networks, lstms, optimizers, draw_problem(seed), method.steps)
-        except FloatingPointError as error:
-            raise files.UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
-        ahead = i + 1 > files.steps_saved(path, "trained")  # of another launch
-        if time.monotonic() - saved > SAVE_SECONDS and ahead:
-            seconds = time.perf_counter() - start
-            arrays = {"trained": i + 1, "seconds": seconds, **matrices(lstms, optimizers)}
-            files.save(path, settings, arrays)
+    curves = {key: value for key, value in state.items() if ": " in key}
+    tests, saved = draw_tests(), time.monotonic()
+    nothing = np.full((TEST_STEPS + 1, len(tests.x)), np.nan)
+
+    def save(done, **more):
+        seconds = time.perf_counter() - start
+        about = {"trained": done, "seconds": seconds}
+        files.save(path, settings, about | lstms.state_dict() | curves | more)
+
+    for i, seed in enumerate(training_seeds(last := trajectories(methods))[first:], first):
+        problem = draw_problem(seed)
+        loss = train_trajectory(lstms, optimizer, problem, method.steps, method.scaled)
+        if not loss.isfinite():
+            print(f"{path.stem}: the loss is not finite in trajectory {i}.", file=sys.stderr)
+            report(last - i)
+            break
+        for name in [name for name, m in methods.items() if m.trajectories == i + 1]:
+            learned = Learned(lstms.eval(), tests, method.scaled)
+            curves |= named(name, rollout(learned, tests, TEST_STEPS))
+        if time.monotonic() - saved > SAVE_SECONDS and i >= files.steps_saved(path, "trained"):
+            save(i + 1, **optimizer_to_arrays(optimizer))
             saved = time.monotonic()
         report(1)
-    problem = draw_tests()
-    loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
-    arrays = {"loss": loss, "gradient_norm_squared": norm, "trained": method.trajectories}
-    arrays["seconds"] = time.perf_counter() - start
-    files.save(path, settings, arrays | matrices(lstms))
+    for name in methods:
+        curves = named(name, (nothing, nothing)) | curves
+    save(last)
+
+
+def named(name, curves):
+    """Return loss and |∇L|² of a method under their names."""
+    return {f"{name}: loss": curves[0], f"{name}: gradient_norm_squared": curves[1]}
+
+
+def trajectories(methods):
+    """Return on how many trajectories methods with one training are trained."""
+    return max(method.trajectories for method in methods.values())
 
 
 def start_worker(count):
@@ -180,7 +195,7 @@ def run_tasks(tasks, processes):
     context = multiprocessing.get_context("spawn")
     count = context.Value("q", 0)
     os.environ[PARENT] = str(os.getpid())
-    total = sum(method.trajectories for method, *_ in tasks)
+    total = sum(trajectories(methods) for methods, *_ in tasks)
     executor = ProcessPoolExecutor(processes, context, start_worker, (count,))
     # the workers inherit that they ignore Ctrl-C: this process stops them
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -206,25 +221,32 @@ def run_tasks(tasks, processes):
 
 
 def tasks(methods, initialisations, folder):
-    """Return the tasks, the longest first: (method, initialisation, path of its log, settings)."""
+    """Return the tasks: (methods with one training, initialisation, path of its log, settings).
 
-    def work(method):
-        return method.trajectories * method.steps * sum(n.hidden**2 for n in method.networks)
+    Those with scaled gradients come last, the longest of each kind first.
+    """
+    trainings, listed = {}, []
+    for name, m in methods.items():
+        trainings.setdefault((m.scaled, m.networks, m.steps), {})[name] = m
 
-    listed = []
-    for name, method in sorted(methods.items(), key=lambda item: -work(item[1])):
+    def order(training):
+        scaled, networks, steps = training
+        work = trajectories(trainings[training]) * steps * sum(n.hidden**2 for n in networks)
+        return scaled, -work
+
+    for scaled, networks, steps in sorted(trainings, key=order):
+        group = trainings[scaled, networks, steps]
+        name = re.sub("[^a-z]+", "-", next(iter(group)).lower()).strip("-")
         for i in range(initialisations):
             settings = {
-                "method": name,
-                "networks": method.networks,
-                "training": [method.trajectories, method.steps, UNROLL],
-                "ranges": [FIRST_LR, LR_RANGE, UPDATE_RANGE, T_NORM],
+                "trajectories": {name: m.trajectories for name, m in group.items()},
+                "training": [networks, steps, scaled, regression.UNROLL],
+                "ranges": RANGES,
                 "test": [TEST_STEPS, TEST_SETS],
                 "seed": (i + 1) * SEED,
                 "device": "cpu",
             }
-            path = folder / f"{re.sub('[^a-z]+', '-', name.lower()).strip('-')}-{i}.npz"
-            listed.append((method, i, path, settings))
+            listed.append((group, i, folder / f"{name}-{i}.npz", settings))
     return listed
 
 
@@ -243,20 +265,19 @@ def chosen(args):
     return methods, folder, logs, tasks(methods, args.seeds, logs)
 
 
-def is_finished(state):
-    """Return whether a task's log, or None, is what `train` saves in the end."""
-    return state is not None and "loss" in state
+def is_finished(task):
+    """Return whether a task's log is what `train` saves in the end."""
+    methods, _, path, settings = task
+    return (files.load(path, settings) or {}).get("trained") == trajectories(methods)
 
 
 def compute(args):
     """Do this rank's share of the tasks that logs/ lacks: all of them but under torchrun."""
-    todo = [
-        t for t in launch.share_of_rank(chosen(args)[-1]) if not is_finished(files.load(*t[2:]))
-    ]
+    todo = [task for task in launch.share_of_rank(chosen(args)[-1]) if not is_finished(task)]
     if launch.rank_and_world()[1] == 1 and todo:
         run_tasks(todo, args.processes)
     else:  # the ranks are the processes side by side
-        total = sum(method.trajectories for method, *_ in todo)
+        total = sum(trajectories(methods) for methods, *_ in todo)
         with launch.progress_bar(total, "trajectory") as bar:
             for task in todo:
                 train(*task, bar.update)
@@ -267,7 +288,7 @@ def seconds_a_step(optimizer, problem):
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        rollout(optimizer(), problem, CLAIMED_STEP)
+        rollout(optimizer, problem, CLAIMED_STEP)
         times.append((time.perf_counter() - start) / CLAIMED_STEP)
     return np.median(times)
 
@@ -280,49 +301,33 @@ def collect(_, args):
     "<method>: seconds_a_step" of one trajectory. GD has one initialisation.
     """
     methods, _, _, listed = chosen(args)
-    found, gd_lr = {name: [] for name in methods}, tune_gradient_descent()
-    for *_, path, settings in listed:
-        state = files.load(path, settings)
-        if not is_finished(state):
-            raise files.UserError(f"{path} is missing or incomplete: run the same command again.")
-        found[settings["method"]].append(state)
-    problem, first = draw_tests(), draw_problem(TEST_SETS[PUBLISHED_5][0])
-    optimizers = {
-        name: partial(learned, m.networks, lstms_of(m.networks, found[name][0]), first)
-        for name, m in methods.items()
-    }
-    for name, lr in (("GD", GD_LR), (TUNED, gd_lr)):
-        curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
-        found[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
-        optimizers[name] = partial(gradient_descent, lr)
+    found = {name: [] for name in COLOURS}
+    for task in listed:
+        if not is_finished(task):
+            raise files.UserError(
+                f"{task[2]} is missing or incomplete: run the same command again."
+            )
+        for name in task[0]:
+            found[name].append(files.load(*task[2:]))
+    tests, one, gd_lr = (
+        draw_tests(),
+        draw_problem(TEST_SETS["fresh 100"][0]),
+        tune_gradient_descent(),
+    )
+    optimizers = {"GD": gradient_descent(GD_LR), TUNED: gradient_descent(gd_lr)}
+    for name, optimizer in optimizers.items():
+        found[name].append(named(name, rollout(optimizer, tests, TEST_STEPS)))
+    for name, m in methods.items():
+        lstms, _ = new_training(m.networks, m.scaled, SEED)
+        optimizers[name] = Learned(lstms.eval(), one, m.scaled)
     results = {"gd_tuned_lr": gd_lr}
-    for name in COLOURS:
-        loss, norm = (
-            np.stack([s[k] for s in found[name]]) for k in ("loss", "gradient_norm_squared")
-        )
-        results[f"{name}: loss"] = loss
-        results[f"{name}: gradient_norm_squared"] = by_test_set(norm)[PUBLISHED_5]
-        results[f"{name}: seconds_a_step"] = seconds_a_step(optimizers[name], first)
-    settings = {"seeds": args.seeds, "quick": args.quick} | listed[0][3]
-    return settings, results, listed[0][2]
-
-
-def interval(values):
-    """Return the median of values: [initialisations, trajectories], with its 95 % interval.
-
-    A two-level bootstrap: initialisations and trajectories are resampled, each on their own. What
-    is not finite is None in the result.
-    """
-    rng = np.random.default_rng(SEED)
-    initialisations, trajectories = values.shape
-    i = rng.integers(initialisations, size=(RESAMPLES, initialisations, 1))
-    j = rng.integers(trajectories, size=(RESAMPLES, 1, trajectories))
-    medians = np.sort(np.median(values[i, j], axis=(1, 2)))
-    chosen = np.median(values), medians[RESAMPLES // 40], medians[-1 - RESAMPLES // 40]
-    return {
-        key: float(f"{value:.6g}") if np.isfinite(value) else None
-        for key, value in zip(("median", "low", "high"), chosen)
-    }
+    for name, states in found.items():
+        loss, norm = named(name, [0, 0])
+        results[loss] = np.stack([state[loss] for state in states])
+        results[norm] = by_test_set(np.stack([state[norm] for state in states]))[PUBLISHED_5]
+        results[f"{name}: seconds_a_step"] = seconds_a_step(optimizers[name], one)
+    settings = {"seeds": args.seeds, "quick": args.quick, "methods": methods, "ranges": RANGES}
+    return settings | {"test": [TEST_STEPS, TEST_SETS]}, results, listed[0][2]
 
 
 def by_test_set(curves):
