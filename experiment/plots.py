@@ -104,3 +104,14 @@ def difference_table(title, reference, differences):
         rows.append([name, *(f"{interval_text(d)} {d.get('verdict', '')}" for d in after.values())])
     header = [f"{title}: differences in 10⁻³", *(f"after epoch {epoch}" for epoch in reference)]
     return markdown(header, [[cell.strip() for cell in row] for row in rows])
+
+
+def number_text(value, digits=3):
+    """Return a number as text, with so many significant digits."""
+    return f"{value:.{digits}g}".replace("inf", "∞")
+
+
+def median_text(found):
+    """Return a `median_of_few` as text; without its interval where there are too few runs."""
+    median, low, high = (number_text(found[key]) for key in ("median", "low", "high"))
+    return median if low == "nan" else f"{median} [{low}, {high}]"

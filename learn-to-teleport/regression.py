@@ -1,6 +1,6 @@
 """Two-layer regression ½ |Y − W_1 σ(W_0 X)|², and LSTMs that learn to minimise it.
 
-Leading dimensions of a Problem and of its weights w: [..., 2, N, N] are trajectories.
+Leading dimensions of a Problem, and of its weights w: [..., 2, N, N], are trajectories.
 """
 
 import math
@@ -32,20 +32,20 @@ class Network(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Regressions, whose leading dimensions are trajectories."""
+    """Regressions: X, X^+ and Y, [..., N, N], and the first weights, [..., 2, N, N]."""
 
-    x: torch.Tensor  # [..., N, N]
+    x: torch.Tensor
     x_pinv: torch.Tensor
     y: torch.Tensor
-    w: torch.Tensor  # [..., 2, N, N], where W_0 and W_1 start
+    w: torch.Tensor
 
 
 def draw_problem(seeds):
-    """Return the Problem of one seed, or a stack of them, drawn uniform in [0, 1) as published."""
-    if isinstance(seeds, int):
-        draw = torch.rand(4, N, N, generator=torch.Generator().manual_seed(seeds))
-        return Problem(draw[2], pseudoinverse(draw[2]), draw[3], draw[:2])
-    return Problem(*(torch.stack(part) for part in zip(*map(draw_problem, seeds))))
+    """Return the published Problem of one seed, or a stack of them, drawn uniform in [0, 1)."""
+    if not isinstance(seeds, int):
+        return Problem(*map(torch.stack, zip(*map(draw_problem, seeds))))
+    *_, x, y = draw = torch.rand(4, N, N, generator=torch.Generator().manual_seed(seeds))
+    return Problem(x, pseudoinverse(x), y, draw[:2])
 
 
 @torch.enable_grad()
@@ -61,32 +61,30 @@ def loss_and_gradient(w, problem):
 def sign_and_log(gradient):
     """Return gradients: [..., n] as log magnitudes and signs: [..., 2 n], all of order 1.
 
-    The scaling of Andrychowicz et al. (2016, appendix A): log|g| / p and sign g, or −1 and e^p g
-    where |g| < e^−p.
+    The scaling of Andrychowicz et al. (2016, appendix A): log|g| / P and sign g, or −1 and e^P g
+    where |g| < e^−P.
     """
     log = gradient.abs().clamp(min=math.exp(-P)).log() / P
     return torch.cat([log, (gradient * math.exp(P)).clamp(-1, 1)], -1)
 
 
 def new_training(networks, scaled, seed):
-    """Return an LSTM for each Network, and their Adam; scaled: fed with `sign_and_log`."""
+    """Return an LSTM for each Network, and their Adam; scaled: they are fed by `sign_and_log`."""
     torch.manual_seed(seed)
-    lstms = nn.ModuleList(
-        LSTM(SIZES["update"] * (1 + scaled), n.hidden, {name: SIZES[name] for name in n.gives})
-        for n in networks
-    )
-    groups = [{"params": l.views.values(), "lr": n.lr} for l, n in zip(lstms, networks)]
-    return lstms, torch.optim.Adam(groups, fused=True)
+    inputs = SIZES["update"] * (1 + scaled)
+    lstms = [LSTM(inputs, n.hidden, {name: SIZES[name] for name in n.gives}) for n in networks]
+    groups = [{"params": a.transposed.values(), "lr": n.lr} for a, n in zip(lstms, networks)]
+    return nn.ModuleList(lstms), torch.optim.Adam(groups, fused=True)
 
 
 class Learned:
-    """What LSTMs do to the weights of a Problem, from a trajectory's beginning."""
+    """What LSTMs do to the weights of a Problem, from the beginning of its trajectories."""
 
     def __init__(self, lstms, problem, scaled):
-        runs = problem.w.shape[:-3].numel()
         self.lstms, self.problem, self.scaled = lstms, problem, scaled
-        self.states = [lstm.zero_state(runs) for lstm in lstms]
+        self.states = [lstm.zero_state(problem.w[..., 0, 0, 0].numel()) for lstm in lstms]
         self.given = {}  # what the LSTMs gave last: {name in SIZES: [runs, size]}
+        self.cut()
 
     def ask(self, gradient, updating):
         """Feed the gradient to the LSTMs that give an update, or to the others."""
@@ -98,10 +96,7 @@ class Learned:
                 self.given |= outputs
 
     def step(self, t, w, gradient):
-        """Return the weights after the step t: the LSTM's update, or descent with its step size.
-
-        That was given at the end of the step before.
-        """
+        """Return the weights after step t: by an update, or by a step size given a step before."""
         self.ask(gradient, updating=True)
         if "update" in self.given:
             return w + self.given["update"].clamp(-UPDATE_RANGE, UPDATE_RANGE).view_as(w)
@@ -109,10 +104,7 @@ class Learned:
         return w - lr * gradient
 
     def teleport(self, w, gradient):
-        """Return the weights after the group action of I + T, if the LSTMs give T.
-
-        gradient: that at the beginning of the step.
-        """
+        """Return the weights after the action of I + T, if LSTMs give T for the step's gradient."""
         self.ask(gradient, updating=False)
         if "T" not in self.given:
             return w
@@ -123,7 +115,7 @@ class Learned:
         return torch.stack([V, U], -3)
 
     def cut(self):
-        """Make all states constants: autograd doesn't go back beyond this step."""
+        """Begin a new window: the states become constants."""
         self.states = [[(h.detach(), c.detach()) for h, c in state] for state in self.states]
         for lstm in self.lstms:
             lstm.forget()
@@ -132,28 +124,24 @@ class Learned:
         return self.teleport(self.step(t, w, gradient), gradient)
 
 
-def train_trajectory(lstms, optimizer, problem, steps, scaled=False):
+def train_trajectory(lstms, adam, problem, steps, scaled=False):
     """Train LSTMs on a trajectory of one Problem; return the last loss that they learn from.
 
-    The meta-loss is the sum of the losses since the last step of Adam, and its gradient in the
-    weights at one of them the loss's. What comes after the last step of Adam trains nothing, and
-    is left out.
+    The meta-loss is the sum of the losses since Adam's last step, and its gradient in the weights
+    of a step that of their loss. What would come after its last step in `steps` trains nothing.
     """
     learned, w, visited = Learned(lstms.train(), problem, scaled), problem.w, []
-    for t in range(steps):
+    for t in range((steps - 1) // UNROLL * UNROLL + 1):
         loss, gradient = loss_and_gradient(w, problem)
-        visited.append((w, gradient))
+        visited += [(w, gradient)] * w.requires_grad
         learning = t > 0 and t % UNROLL == 0
         if learning:
-            torch.autograd.backward(*zip(*(pair for pair in visited if pair[0].requires_grad)))
+            torch.autograd.backward(*zip(*visited))
             for lstm in lstms:
                 lstm.backward()
-            if t + UNROLL >= steps:
-                optimizer.step()
-                break
-        w = learned.step(t, w, gradient)  # of the LSTMs as they were
+        w = learned.step(t, w, gradient)  # by the LSTMs as they were
         if learning:
-            optimizer.step()
+            adam.step()
             learned.cut()
             w, visited = w.detach(), []
         w = learned.teleport(w, gradient)
@@ -161,14 +149,10 @@ def train_trajectory(lstms, optimizer, problem, steps, scaled=False):
 
 
 def rollout(optimizer, problem, steps):
-    """Return loss and |∇L|², [steps + 1, ...], of a stack of trajectories.
-
-    optimizer(t, w, gradient) returns the weights after step t.
-    """
+    """Return loss and |∇L|², [steps + 1, ...]; optimizer(t, w, gradient) makes the step t."""
     w, curves = problem.w, []
     for t in range(steps + 1):
         loss, gradient = loss_and_gradient(w, problem)
         curves.append((loss, gradient.square().sum((-3, -2, -1))))
-        if t < steps:
-            w = optimizer(t, w, gradient)
+        w = optimizer(t, w, gradient)
     return [torch.stack(curve) for curve in zip(*curves)]
