@@ -51,6 +51,11 @@ def progress_bar(total, unit, desc=None):
     return tqdm(total=total, unit=unit, desc=desc, disable=rank_and_world()[0] > 0, mininterval=0.5)
 
 
+def cores():
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 class SharedBar:
     """What a worker process updates in place of a progress bar: a count that its parent shows."""
 

@@ -7,18 +7,17 @@ that was fed v in the steps of a window has the gradient δ^T v, and passes δ W
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 class LSTM(nn.Module):
-    """Two LSTM cells, and a linear layer for each of the outputs, {name: size}.
+    """Two LSTM cells, fed with scale(x): [runs, inputs], and a linear layer for each output.
 
-    Those of the first outputs are drawn alike, however many outputs come after them.
+    outputs: {name: size}; those of the first are drawn alike, however many come after them.
     """
 
-    def __init__(self, inputs, hidden, outputs):
+    def __init__(self, inputs, hidden, outputs, scale=lambda x: x):
         super().__init__()
-        self.names = list(outputs)
+        self.names, self.scale = list(outputs), scale
         self.cells = nn.ModuleList([nn.LSTMCell(inputs, hidden), nn.LSTMCell(hidden, hidden)])
         self.readouts = nn.ModuleList(nn.Linear(hidden, size) for size in outputs.values())
         self.requires_grad_(False)
@@ -38,20 +37,19 @@ class LSTM(nn.Module):
         return [(torch.zeros(runs, cell.hidden_size),) * 2 for cell in self.cells]
 
     def forward(self, x, state):
-        """Return {name: [runs, size]} and the new state; x: [runs, inputs].
-
-        In training, of one run, each layer's leaves, inputs and outputs go on tape.
-        """
-        outputs, new_state = {}, []
+        """Return {name: [runs, size]} and the new state; training, of one run, goes on tape."""
+        x, outputs, new_state = self.scale(x), {}, []
         for cell, (h, c) in zip(self.cells, state):
             x = x.detach()  # `backward` goes on from here
-            W, gates = (cell.weight_ih, cell.weight_hh), cell.bias_ih[None].detach()
-            gates.requires_grad_(self.training)
+            gates = cell.bias_ih[None].detach().requires_grad_(self.training)
+            W = cell.weight_ih, cell.weight_hh
             new_state.append(torch.lstm_cell(x, (h, c), *W, gates, cell.bias_hh))
             self.tape[cell] += [(gates, (x, h), new_state[-1][0])] * self.training
             x = new_state[-1][0]
         for name, readout in zip(self.names, self.readouts):
-            y = F.linear(x.detach(), readout.weight, readout.bias).requires_grad_(self.training)
+            y = nn.functional.linear(x.detach(), readout.weight, readout.bias).requires_grad_(
+                self.training
+            )
             self.tape[readout] += [(y, (x,), y)] * self.training
             outputs[name] = y
         return outputs, new_state

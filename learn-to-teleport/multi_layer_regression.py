@@ -1,7 +1,6 @@
 """Learning to teleport: LSTMs that give the group element, the step size or the update. Figure 6.
 
-    cd learn-to-teleport && python multi_layer_regression.py     # or from the folder above
-    python multi_layer_regression.py --quick                     # on 1 to 7 trajectories
+    cd learn-to-teleport && python multi_layer_regression.py     # --quick for a look
 
 Two-layer regression is minimised by GD, by GD (tuned), whose step size is best on training
 trajectories, and by METHODS: the published three, LSTM(lr) without T, LSTM(update) on as many
@@ -9,11 +8,12 @@ trajectories as LSTM(update,tele), and all of them with scaled gradients. Each i
 is a task. They run in processes side by side, or in torchrun's ranks, and go on from logs/.
 """
 
-import os
 import re
 import sys
-import time
+from functools import partial
+from itertools import product
 from pathlib import Path
+from timeit import repeat
 from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -22,7 +22,6 @@ from experiment.statistics import compare_ratios, median_of_few
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import regression
 from models import optimizer_from_arrays, optimizer_to_arrays, warn_if_not_finite
@@ -30,10 +29,7 @@ from regression import Learned, Network, draw_problem, new_training, rollout, tr
 
 
 class Method(NamedTuple):
-    """A method's LSTMs and what they are trained on.
-
-    Methods that differ in the number of trajectories alone share one training.
-    """
+    """LSTMs and what they are trained on; where only trajectories differ, training is shared."""
 
     networks: tuple
     trajectories: int
@@ -51,8 +47,8 @@ METHODS = {
     "LSTM(update,tele)": Method((UPDATE, T), 700, 100),
 }
 METHODS |= {f"{name}, scaled": m._replace(scaled=True) for name, m in METHODS.items()}
-CLAIMS = [("LSTM(lr,tele)", "LSTM(lr)"), ("LSTM(update,tele)", "LSTM(update)")]
-PAIRS = [*CLAIMS, ("LSTM(update,tele)", "LSTM(update), 700")]  # whose losses are compared
+PAIRS = [("LSTM(lr,tele)", "LSTM(lr)")]  # whose losses are compared
+PAIRS += [("LSTM(update,tele)", name) for name in ("LSTM(update)", "LSTM(update), 700")]
 PAIRS += [(f"{a}, scaled", f"{b}, scaled") for a, b in PAIRS]
 PAIRS += [(name, name.removesuffix(", scaled")) for name, m in METHODS.items() if m.scaled]
 PAIRS += [(name, "GD (tuned)") for name in METHODS]
@@ -60,22 +56,11 @@ GD_LR, GD_LRS = 3e-4, np.logspace(-6, -2, 81)  # of which GD (tuned) takes the b
 TRAINING_SEEDS = [n * n * 12345 - 1 for n in range(700)]
 TEST_SEEDS = [n * n * 12345 for n in range(5)] + [(i + 1) * 54321 for i in range(100)]
 TEST_SETS = {"published 5": slice(5), "fresh 100": slice(5, None)}
-STEPS, CLAIMED_STEP = [*range(31), 100], 30  # of the test trajectories that are kept
-STEPS_SHOWN = [10, 30, 100]
+KEYS, STEPS = ("loss", "squared_gradient"), [*range(31), 100]  # that are kept of the tests
+CLAIMED_STEP, STEPS_SHOWN = 30, (10, 30, 100)
 SEED, SEEDS = 54321, 10  # initialisation i of SEEDS has the seed (i + 1) * SEED
-SAVE_EVERY = 50  # trajectories
-QUICK = 100  # --quick trains on so many times fewer trajectories
-COMMON = {  # of the settings that results record
-    "unroll": regression.UNROLL,
-    "ranges": [
-        regression.FIRST_LR,
-        *regression.LR_RANGE,
-        regression.UPDATE_RANGE,
-        regression.T_NORM,
-    ],
-    "tests": [TEST_SEEDS, STEPS],
-}
-COLOURS = [plots.BLACK, plots.GREY, plots.SKY, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.RED]
+SAVE_EVERY, QUICK = 50, 100  # trajectories; --quick trains on so many times fewer
+COMMON = {"unroll": regression.UNROLL, "ranges": regression.RANGES, "tests": [TEST_SEEDS, STEPS]}
 
 
 def gradient_descent(lr):
@@ -93,22 +78,18 @@ def tune_gradient_descent():
 
 
 def test(name, optimizer):
-    """Return "<name>: loss" [STEPS, TEST_SEEDS], and of the published "<name>: squared_gradient".
-
-    optimizer(problem) is what `rollout` takes.
-    """
+    """Return a method's loss [STEPS, TEST_SEEDS] and |∇L|² of the published; optimizer(problem)."""
     problem = draw_problem(TEST_SEEDS)
     loss, norm = rollout(optimizer(problem), problem, STEPS[-1])
-    return {f"{name}: loss": loss[STEPS], f"{name}: squared_gradient": norm[STEPS, :5]}
+    return {f"{name}: {key}": curves for key, curves in zip(KEYS, (loss[STEPS], norm[STEPS, :5]))}
 
 
 def train(methods, initialisation, path, settings, bar):
-    """Do one task: train and test LSTMs from an initialisation; resume from `path`.
+    """Do one task: methods, {name: Method}, that have one training, which goes on from `path`.
 
-    methods: {name: Method} with one training. In the end `path` has the LSTMs' parameters and what
-    `test` returns for each method; until then it has Adam's state, too.
+    It has the LSTMs' parameters, Adam's state until the end, and what `test` returns for each.
     """
-    method, *_ = methods.values()
+    *_, method = methods.values()
     lstms, adam = new_training(method.networks, method.scaled, (initialisation + 1) * SEED)
     if state := files.load(path, settings):
         lstms.load_state_dict({key: torch.tensor(state[key]) for key in lstms.state_dict()})
@@ -116,20 +97,14 @@ def train(methods, initialisation, path, settings, bar):
 
     def step(state):
         n, curves = int(state["steps"]), {key: state[key] for key in state if ": " in key}
-        problem = draw_problem(TRAINING_SEEDS[n])
-        loss = train_trajectory(lstms, adam, problem, method.steps, method.scaled)
+        loss = train_trajectory(lstms, adam, draw_problem(TRAINING_SEEDS[n]), method.steps)
         warn_if_not_finite(f"{path.stem}: the loss in training", loss)
         for name in [name for name, m in methods.items() if m.trajectories == n + 1]:
-            curves |= test(name, lambda problem: Learned(lstms.eval(), problem, method.scaled))
-        going = n + 1 < most(methods)
-        return lstms.state_dict() | curves | (optimizer_to_arrays(adam) if going else {})
+            curves |= test(name, partial(Learned, lstms.eval()))
+        end = n + 1 == method.trajectories
+        return lstms.state_dict() | curves | ({} if end else optimizer_to_arrays(adam))
 
-    files.resume(path, settings, dict, step, most(methods), bar, SAVE_EVERY)
-
-
-def most(methods):
-    """Return on how many trajectories methods with one training are trained."""
-    return max(method.trajectories for method in methods.values())
+    files.resume(path, settings, dict, step, method.trajectories, bar, SAVE_EVERY)
 
 
 def tasks(args):
@@ -142,63 +117,45 @@ def tasks(args):
     for methods in trainings.values():
         log = re.sub("[^a-z]+", "-", next(iter(methods)).lower()).strip("-")
         for i in range(args.seeds):
-            settings = {"methods": methods, "seed": (i + 1) * SEED, "device": "cpu"}
-            listed.append((methods, i, logs / f"{log}-{i}.npz", settings | COMMON))
+            settings = COMMON | {"methods": methods, "seed": (i + 1) * SEED, "device": "cpu"}
+            listed.append((methods, i, logs / f"{log}-{i}.npz", settings))
     return listed
 
 
 def compute(args):
     """Do this rank's share of the tasks."""
-    listed = launch.share_of_rank(tasks(args))
-    total = sum(most(methods) for methods, *_ in listed)
-    launch.do_tasks(train, listed, total, "trajectory", args.processes)
-
-
-def seconds_a_step(optimizer, problem, repeats=9):
-    """Return the seconds of a step of an optimizer on one problem: a median over some runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        rollout(optimizer, problem, CLAIMED_STEP)
-        times.append((time.perf_counter() - start) / CLAIMED_STEP)
-    return np.median(times)
+    share = launch.share_of_rank(tasks(args))
+    total = sum([*methods.values()][-1].trajectories for methods, *_ in share)
+    launch.do_tasks(train, share, total, "trajectory", args.processes)
 
 
 def collect(_, args):
-    """Return the settings of all methods, their results, and a log that they are from.
-
-    Those are what `test` returns, [initialisations, ...], of which GD has one, and the seconds a
-    step of one trajectory.
-    """
+    """Return settings, what `test` returns, [initialisations, ...], with the times, and a log."""
     listed, lr, one = tasks(args), tune_gradient_descent(), draw_problem(SEED)
     optimizers = {"GD": gradient_descent(GD_LR), "GD (tuned)": gradient_descent(lr)}
     found = {name: [test(name, lambda _, gd=gd: gd)] for name, gd in optimizers.items()}
     for methods, _, path, settings in listed:
-        state = files.load_steps(path, settings, most(methods))
+        state = files.load_steps(path, settings, [*methods.values()][-1].trajectories)
         for name, m in methods.items():
             found.setdefault(name, []).append(state)
-            lstms, _ = new_training(m.networks, m.scaled, SEED)
-            optimizers[name] = Learned(lstms.eval(), one, m.scaled)
+            optimizers[name] = Learned(new_training(m.networks, m.scaled, SEED)[0].eval(), one)
     results = {"gd_tuned_lr": lr}
     for name, states in found.items():
-        for key in (f"{name}: loss", f"{name}: squared_gradient"):
+        for key in (f"{name}: {key}" for key in KEYS):
             results[key] = np.stack([state[key] for state in states])
-        results[f"{name}: seconds_a_step"] = seconds_a_step(optimizers[name], one)
+        times = repeat(partial(rollout, optimizers[name], one, 30), number=1, repeat=9)
+        results[f"{name}: seconds_a_step"] = min(times) / 30
     settings = {"seeds": args.seeds, "quick": args.quick, "methods": METHODS}
     return settings | COMMON, results, listed[0][2]
-
-
-def losses(results):
-    """Return {method: its losses}, with infinity for all that are not finite."""
-    found = {key.removesuffix(": loss"): results[key] for key in results if key.endswith(": loss")}
-    return {name: np.where(np.isfinite(a), a.astype(float), np.inf) for name, a in found.items()}
 
 
 def summarise(_, results):
     """Return what summary.json says of the results that `collect` returns."""
     methods, claimed = {}, {}
-    for name, loss in losses(results).items():
+    for name in ("GD", "GD (tuned)", *METHODS):
+        loss = np.nan_to_num(results[f"{name}: loss"].astype(float), nan=np.inf, posinf=np.inf)
         methods[name] = {"seconds_a_step": float(results[f"{name}: seconds_a_step"])}
+        claimed[name] = loss[:, STEPS.index(CLAIMED_STEP), TEST_SETS["fresh 100"]]
         for test_set, chosen in TEST_SETS.items():
             own = loss[..., chosen]
             of_each = {step: np.median(own[:, STEPS.index(step)], -1) for step in STEPS_SHOWN}
@@ -207,20 +164,13 @@ def summarise(_, results):
                 "diverged": int((own[:, -1] >= own[:, 0]).sum()),  # ends no better than it began
                 "of": own[:, 0].size,
             }
-        claimed[name] = own[:, STEPS.index(CLAIMED_STEP)]
     gd = np.median(claimed["GD"])
     ratios = {f"{a} / {b}": compare_ratios(claimed[a], claimed[b], gd) for a, b in PAIRS}
-    seen = [ratios[f"{a} / {b}"]["lower"] for a, b in CLAIMS].count("the first")
-    return {
-        "gd_tuned_lr": results["gd_tuned_lr"],
-        "methods": methods,
-        "ratios_of_losses": {"step": CLAIMED_STEP, "test_set": test_set, "of": ratios},
-        "claim_that_teleporting_lowers_the_loss": f"seen in {seen} of {len(CLAIMS)} pairs",
-    }
+    return {"gd_tuned_lr": results["gd_tuned_lr"], "methods": methods, "ratios": ratios}
 
 
 def table(summaries):
-    """Return the losses and their ratios as Markdown."""
+    """Return the losses, and their ratios at CLAIMED_STEP on fresh trajectories, as Markdown."""
     (summary,) = summaries.values()
     rows = [
         [name, test_set, *map(plots.median_text, entry[test_set]["loss_at_step"].values())]
@@ -228,45 +178,31 @@ def table(summaries):
         for test_set in TEST_SETS
         for name, entry in summary["methods"].items()
     ]
-    ratios = [
-        [pair, plots.median_text(entry), f"{entry['p']:.2g}", entry["lower"]]
-        + [", ".join(map(plots.number_text, entry["of_each"]))]
-        + ["{} and {}".format(*entry["fail"]), f"{entry['fail_p']:.2g}"]
-        for pair, entry in summary["ratios_of_losses"]["of"].items()
-    ]
     header = ["method", "trajectories", *(f"loss, step {step}" for step in STEPS_SHOWN)]
-    compared = [f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories", "median", "p", "lower"]
-    return (
-        f"{plots.markdown([*header, 'diverged', 'ms a step'], rows)}\n"
-        f"{plots.markdown([*compared, 'of each initialisation', 'fail', 'p of fail'], ratios)}\n"
-        "The claim that teleporting lowers the loss: "
-        f"{summary['claim_that_teleporting_lowers_the_loss']}.\n"
-    )
+    losses = plots.markdown([*header, "diverged", "ms a step"], rows)
+    title = f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories"
+    return f"{losses}\n{plots.ratio_table(title, summary['ratios'])}"
 
 
 def draw(_, results, summary, folder):
-    """Draw Figure 6, and once more with scaled gradients: means over the published trajectories and
-    all initialisations, without those that are not finite. The band is a standard deviation.
-    """
-    for scaled in (False, True):
-        names = ["GD", "GD (tuned)", *(name for name, m in METHODS.items() if m.scaled == scaled)]
-        for against, label in (("epoch", "epoch"), ("time", "time (ms)"), ("gradient", "loss")):
-            axes = Figure(figsize=(5.2, 3.8)).add_subplot(xlabel=label, ylabel="loss", yscale="log")
-            for name, colour in zip(names, COLOURS):
-                loss, norm = (
-                    np.concatenate(results[f"{name}: {key}"], -1)[: CLAIMED_STEP + 1].astype(float)
-                    for key in ("loss", "squared_gradient")
-                )
-                lost = ~np.isfinite(loss).all(0)
+    """Draw Figure 6, and once more with scaled gradients, from the published trajectories."""
+    panels = ("", "epoch", "loss"), ("_vs_time", "ms", "loss"), ("_vs_gradient", "loss", "|∇L|²")
+    for (suffix, xlabel, ylabel), scaled in product(panels, (False, True)):
+        curves = {}
+        for name in ("GD", "GD (tuned)", *(n for n in METHODS if METHODS[n].scaled == scaled)):
+            loss, norm = (np.concatenate(results[f"{name}: {key}"][:, :31, :5], -1) for key in KEYS)
+            step = 1e3 * results[f"{name}: seconds_a_step"] if xlabel == "ms" else 1
+            curves[name] = (loss, norm) if xlabel == "loss" else (step * np.arange(31), loss)
+        path = folder / f"multi_layer_loss{suffix}{'_scaled' if scaled else ''}"
+        plots.draw_losses(path, curves, xlabel=xlabel, ylabel=ylabel)
 
 
 def parse_arguments():
     parser = launch.experiment_parser(__doc__, on_datasets=False)
     add, at_least = parser.add_argument, launch.at_least
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
     add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
-    add("--processes", type=at_least(1), default=cores, help="number of worker processes")
+    add("--processes", type=at_least(1), default=launch.cores(), help="number of worker processes")
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ UNROLL = 10  # steps from one step of Adam to the next
 FIRST_LR, LR_RANGE = 1e-4, (1e-7, 5e-3)  # an LSTM's step size at the first step, and after it
 UPDATE_RANGE = 1e7  # the most that a step adds to a weight
 T_NORM = 0.01  # |T|_F
+RANGES = [FIRST_LR, *LR_RANGE, UPDATE_RANGE, T_NORM]
 P = 10  # e^-P is the smallest gradient whose logarithm is taken
 ACTION, ACTIVATION = FIRST_ORDER, LeakyReLU()
 
@@ -59,20 +60,20 @@ def loss_and_gradient(w, problem):
 
 
 def sign_and_log(gradient):
-    """Return gradients: [..., n] as log magnitudes and signs: [..., 2 n], all of order 1.
+    """Return gradients: [..., n] scaled as in Andrychowicz et al. (2016, appendix A): [..., 2 n].
 
-    The scaling of Andrychowicz et al. (2016, appendix A): log|g| / P and sign g, or −1 and e^P g
-    where |g| < e^−P.
+    That is log|g| / P and sign g, or −1 and e^P g where |g| < e^−P.
     """
     log = gradient.abs().clamp(min=math.exp(-P)).log() / P
     return torch.cat([log, (gradient * math.exp(P)).clamp(-1, 1)], -1)
 
 
 def new_training(networks, scaled, seed):
-    """Return an LSTM for each Network, and their Adam; scaled: they are fed by `sign_and_log`."""
+    """Return an LSTM for each Network, and their Adam; scaled: whether gradients are."""
     torch.manual_seed(seed)
-    inputs = SIZES["update"] * (1 + scaled)
-    lstms = [LSTM(inputs, n.hidden, {name: SIZES[name] for name in n.gives}) for n in networks]
+    inputs = SIZES["update"] * (2 if scaled else 1)
+    scale = [sign_and_log] * scaled
+    lstms = [LSTM(inputs, n.hidden, {k: SIZES[k] for k in n.gives}, *scale) for n in networks]
     groups = [{"params": a.transposed.values(), "lr": n.lr} for a, n in zip(lstms, networks)]
     return nn.ModuleList(lstms), torch.optim.Adam(groups, fused=True)
 
@@ -80,8 +81,8 @@ def new_training(networks, scaled, seed):
 class Learned:
     """What LSTMs do to the weights of a Problem, from the beginning of its trajectories."""
 
-    def __init__(self, lstms, problem, scaled):
-        self.lstms, self.problem, self.scaled = lstms, problem, scaled
+    def __init__(self, lstms, problem):
+        self.lstms, self.problem = lstms, problem
         self.states = [lstm.zero_state(problem.w[..., 0, 0, 0].numel()) for lstm in lstms]
         self.given = {}  # what the LSTMs gave last: {name in SIZES: [runs, size]}
         self.cut()
@@ -89,7 +90,6 @@ class Learned:
     def ask(self, gradient, updating):
         """Feed the gradient to the LSTMs that give an update, or to the others."""
         x = gradient.reshape(-1, SIZES["update"])
-        x = sign_and_log(x) if self.scaled else x
         for k, lstm in enumerate(self.lstms):
             if ("update" in lstm.names) == updating:
                 outputs, self.states[k] = lstm(x, self.states[k])
@@ -124,13 +124,13 @@ class Learned:
         return self.teleport(self.step(t, w, gradient), gradient)
 
 
-def train_trajectory(lstms, adam, problem, steps, scaled=False):
+def train_trajectory(lstms, adam, problem, steps):
     """Train LSTMs on a trajectory of one Problem; return the last loss that they learn from.
 
     The meta-loss is the sum of the losses since Adam's last step, and its gradient in the weights
     of a step that of their loss. What would come after its last step in `steps` trains nothing.
     """
-    learned, w, visited = Learned(lstms.train(), problem, scaled), problem.w, []
+    learned, w, visited = Learned(lstms.train(), problem), problem.w, []
     for t in range((steps - 1) // UNROLL * UNROLL + 1):
         loss, gradient = loss_and_gradient(w, problem)
         visited += [(w, gradient)] * w.requires_grad
