@@ -37,7 +37,10 @@ class LSTM(nn.Module):
         return [(torch.zeros(runs, cell.hidden_size),) * 2 for cell in self.cells]
 
     def forward(self, x, state):
-        """Return {name: [runs, size]} and the new state; training, of one run, goes on tape."""
+        """Return {name: [runs, size]} and the new state.
+
+        In training, of one run, each layer's leaves, inputs and outputs go on tape.
+        """
         x, outputs, new_state = self.scale(x), {}, []
         for cell, (h, c) in zip(self.cells, state):
             x = x.detach()  # `backward` goes on from here
@@ -47,15 +50,13 @@ class LSTM(nn.Module):
             self.tape[cell] += [(gates, (x, h), new_state[-1][0])] * self.training
             x = new_state[-1][0]
         for name, readout in zip(self.names, self.readouts):
-            y = nn.functional.linear(x.detach(), readout.weight, readout.bias).requires_grad_(
-                self.training
-            )
+            y = readout(x.detach()).requires_grad_(self.training)
             self.tape[readout] += [(y, (x,), y)] * self.training
             outputs[name] = y
         return outputs, new_state
 
     def backward(self):
-        """Set all gradients, once a window's outputs have theirs; it starts from constants."""
+        """Set all gradients, once the outputs of a window have theirs."""
         first, second = self.cells
         grad_h = sum(self.learn(readout) @ readout.weight for readout in self.readouts)
         self.learn(first, self.learn(second, grad_h) @ second.weight_ih)

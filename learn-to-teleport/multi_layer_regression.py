@@ -143,7 +143,7 @@ def collect(_, args):
     for name, states in found.items():
         for key in (f"{name}: {key}" for key in KEYS):
             results[key] = np.stack([state[key] for state in states])
-        times = repeat(partial(rollout, optimizers[name], one, 30), number=1, repeat=9)
+        times = repeat(partial(rollout, optimizers[name], one, 30), number=1, repeat=5)
         results[f"{name}: seconds_a_step"] = min(times) / 30
     settings = {"seeds": args.seeds, "quick": args.quick, "methods": METHODS}
     return settings | COMMON, results, listed[0][2]
