@@ -12,7 +12,8 @@ from torch import nn
 class LSTM(nn.Module):
     """Two LSTM cells, fed with scale(x): [runs, inputs], and a linear layer for each output.
 
-    outputs: {name: size}; those of the first are drawn alike, however many come after them.
+    outputs: {name: size}; those of the first are drawn alike, however many come after them. In
+    training a layer's leaves, inputs and outputs go on tape.
     """
 
     def __init__(self, inputs, hidden, outputs, scale=lambda x: x):
@@ -37,10 +38,7 @@ class LSTM(nn.Module):
         return [(torch.zeros(runs, cell.hidden_size),) * 2 for cell in self.cells]
 
     def forward(self, x, state):
-        """Return {name: [runs, size]} and the new state.
-
-        In training, of one run, each layer's leaves, inputs and outputs go on tape.
-        """
+        """Return {name: [runs, size]} and the new state; in training, one run's, for `backward`."""
         x, outputs, new_state = self.scale(x), {}, []
         for cell, (h, c) in zip(self.cells, state):
             x = x.detach()  # `backward` goes on from here
