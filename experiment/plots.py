@@ -144,7 +144,7 @@ def ratio_table(title, ratios):
     """Return a table in Markdown of ratios: {pair: what `compare_ratios` returns}."""
     rows = [
         [pair, median_text(found), number_text(found["p"], 2), found["lower"]]
-        + [", ".join(map(number_text, found["of_each"]))]
+        + [", ".join(number_text(ratio, 4) for ratio in found["of_each"])]
         + ["{} and {}".format(*found["fail"]), number_text(found["fail_p"], 2)]
         for pair, found in ratios.items()
     ]
