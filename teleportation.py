@@ -83,15 +83,15 @@ def inverse_group_action(U, V, h, g, activation):
     return U @ torch.linalg.inv(g), V_new
 
 
-def inverse_group_action_first_order(U, V, h, h_pinv, T, activation):
+def inverse_group_action_first_order(U, V, h, g, activation, h_pinv=None):
     """Act with g = I + T as `inverse_group_action` does, but with U' = U (I − T) for U g^{-1}.
 
-    h_pinv: [..., n, d_in], the pseudoinverse of h, which many steps can share. Where h has full
-    column rank the outputs become U (I − T²) σ(Vh). NumPy's arrays will do, if they do for
-    `activation`.
+    Where h has full column rank the outputs become U (I − T²) σ(Vh). h_pinv: [..., n, d_in], the
+    pseudoinverse of h if it is known: many steps can share it.
     """
-    a = activation(V @ h)
-    return U - U @ T, activation.inverse(a + T @ a) @ h_pinv
+    h_pinv = pseudoinverse(h) if h_pinv is None else h_pinv
+    identity = torch.eye(g.shape[-1]).to(g)
+    return U @ (2 * identity - g), activation.inverse(g @ activation(V @ h)) @ h_pinv
 
 
 def rescaling(U, V, h, g, activation):
@@ -127,6 +127,7 @@ class Action(NamedTuple):
 
 PSEUDOINVERSE = Action(group_action, left=True)
 INVERSE_ACTIVATION = Action(inverse_group_action, lambda activation: hasattr(activation, "inverse"))
+FIRST_ORDER = INVERSE_ACTIVATION._replace(act=inverse_group_action_first_order)
 RESCALING = Action(
     rescaling,
     lambda activation: getattr(activation, "homogeneous", False),

@@ -5,13 +5,16 @@ Under torchrun each rank computes its share of the files in logs/, and rank 0 re
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from . import end_quietly, files
+from . import PARENT, end_quietly, files
 from .files import ROOT, UserError
 
 
@@ -46,6 +49,75 @@ def progress_bar(total, unit, desc=None):
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, desc=desc, disable=rank_and_world()[0] > 0, mininterval=0.5)
+
+
+def cores():
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class SharedBar:
+    """What a worker process updates in place of a progress bar: a count that its parent shows."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def update(self, n=1):
+        with self.count.get_lock():
+            self.count.value += n
+
+
+def start_worker(count):
+    """Prepare a worker process, which is single-threaded; count: what its bars have done."""
+    import torch
+
+    global bar_of_worker
+    torch.set_num_threads(1)
+    files.code_version()  # now: the code may change while it runs
+    bar_of_worker = SharedBar(count)
+
+
+def do_task(function, task):
+    """Do a task in a worker process."""
+    function(*task, bar_of_worker)
+
+
+def do_tasks(function, tasks, total, unit, processes):
+    """Call function(*task, bar) for each of a list of tasks, which save what they find.
+
+    That is in worker processes, each with one thread; under torchrun the ranks are the processes,
+    and `tasks` this rank's. total: of the units that the bar's updates count. Raises the first
+    error that a task raised, or UserError where a worker was killed; all workers end with this.
+    """
+    if rank_and_world()[1] > 1:
+        with progress_bar(total, unit) as bar:
+            for task in tasks:
+                function(*task, bar)
+        return
+    context = multiprocessing.get_context("spawn")
+    count = context.Value("q", 0)
+    os.environ[PARENT] = str(os.getpid())
+    executor = ProcessPoolExecutor(processes, context, start_worker, (count,))
+    # the workers inherit that they ignore Ctrl-C: this process stops them
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pending = [executor.submit(do_task, function, task) for task in tasks]
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        del os.environ[PARENT]
+    try:
+        with progress_bar(total, unit) as bar:
+            while pending:
+                done, pending = wait(pending, timeout=0.2)
+                bar.update(count.value - bar.n)
+                for future in done:
+                    future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, possibly out of memory.") from None
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # what it has saved is whole
+        executor.shutdown(cancel_futures=True)
 
 
 def at_least(least, most=1_000_000):

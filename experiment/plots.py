@@ -55,6 +55,29 @@ def plot_difference(axes, x, values, reference, **style):
     plot_with_band(axes, x, **paired_difference(values, reference), **style)
 
 
+def draw_losses(path, curves, **labels):
+    """Draw the losses of methods against x, on logarithmic axes but for epochs.
+
+    curves: {method: (x, loss)}, loss: [steps, runs]. Means over the runs that are finite, with a
+    band of a standard deviation that is cut at the lowest loss; where x is of runs, too, the means.
+    """
+    axes = Figure(figsize=(5.2, 3.8)).add_subplot(**labels)
+    colours = BLACK, GREY, SKY, GREEN, ORANGE, PURPLE, RED
+    for k, (method, (x, loss)) in enumerate(curves.items()):
+        kept = np.isfinite(loss).all(0)
+        label = method if kept.all() else f"{method}, {(~kept).sum()} of {kept.size} not finite"
+        style = {"color": colours[k], "ls": "-" if k % 2 else "--", "label": label}
+        mean, deviation = loss[:, kept].mean(1, float), loss[:, kept].std(1, float)
+        if x.ndim > 1:
+            axes.plot(x[:, kept].mean(1, float), mean, marker=".", lw=1, **style)
+        else:
+            low = np.maximum(mean - deviation, loss[:, kept].min(1))
+            plot_with_band(axes, x, mean, low, mean + deviation, **style)
+    axes.set(yscale="log", xscale="linear" if labels["xlabel"] == "epoch" else "log")
+    legend_beside(axes)
+    save_figure(axes.figure, path)
+
+
 def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     """Draw the losses of arms, training dashed, beside their paired test loss less the reference's.
 
@@ -106,3 +129,26 @@ def difference_table(title, reference, differences):
         rows.append([name, *(f"{interval_text(d)} {d.get('verdict', '')}" for d in after.values())])
     header = [f"{title}: differences in 10⁻³", *(f"after epoch {epoch}" for epoch in reference)]
     return markdown(header, [[cell.strip() for cell in row] for row in rows])
+
+
+def number_text(value, digits=3):
+    """Return a number as text, with so many significant digits."""
+    return f"{value:.{digits}g}".replace("inf", "∞")
+
+
+def median_text(found):
+    """Return a `median_of_few` as text; without its interval where there are too few runs."""
+    median, low, high = (number_text(found[key]) for key in ("median", "low", "high"))
+    return median if low == "nan" else f"{median} [{low}, {high}]"
+
+
+def ratio_table(title, ratios):
+    """Return a table in Markdown of ratios: {pair: what `compare_ratios` returns}."""
+    rows = [
+        [pair, median_text(found), number_text(found["p"], 2), found["lower"]]
+        + [", ".join(number_text(ratio, 4) for ratio in found["of_each"])]
+        + ["{} and {}".format(*found["fail"]), number_text(found["fail_p"], 2)]
+        for pair, found in ratios.items()
+    ]
+    header = [title, "median", "p", "lower", "of each initialisation", "fail", "p of fail"]
+    return markdown(header, rows)

@@ -1,480 +1,217 @@
 """Learning to teleport: LSTMs that give the group element, the step size or the update. Figure 6.
 
-    cd learn-to-teleport && python multi_layer_regression.py     # or from the folder above
-    python multi_layer_regression.py --quick                     # on 1 to 7 trajectories
+    cd learn-to-teleport && python multi_layer_regression.py     # --quick for a look
 
-Two-layer regression, ½ |Y − W_1 σ(W_0 X)|², is minimised by the published methods
-
-    GD                    a fixed step size
-    LSTM(lr,tele)         one LSTM gives the step size and T, by which each step is teleported
-    LSTM(update)          an LSTM gives the update of all weights
-    LSTM(update,tele)     a second one gives T
-
-and by two that they are to be compared with: LSTM(lr), without T, and GD (tuned), with the step
-size that is best on training trajectories. Each method learns from several initial LSTMs. These
-are tasks of their own, which run in processes side by side, or under torchrun in its ranks, and
-go on from logs/learn-to-teleport/. The losses of all are in learn-to-teleport/figures/results.npz.
+Two-layer regression is minimised by GD, by GD (tuned), whose step size is best on training
+trajectories, and by METHODS: the published three, LSTM(lr) without T, LSTM(update) on as many
+trajectories as LSTM(update,tele), and all of them with scaled gradients. Each initialisation of one
+is a task. They run in processes side by side, or in torchrun's ranks, and go on from logs/.
 """
 
-import os
-import sys
-from pathlib import Path
-
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: the tasks run side by side
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import math
-import multiprocessing
 import re
-import signal
-import time
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import sys
 from functools import partial
+from itertools import product
+from pathlib import Path
+from timeit import repeat
 from typing import NamedTuple
 
-from experiment import PARENT, files, launch, plots
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from experiment import files, launch, plots
+from experiment.statistics import compare_ratios, median_of_few
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from regression import (
-    FIRST_LR,
-    LR_RANGE,
-    T_NORM,
-    UNROLL,
-    UPDATE_RANGE,
-    Network,
-    draw_problem,
-    gradient_descent,
-    learned,
-    lstms_of,
-    matrices,
-    new_training,
-    restore,
-    rollout,
-    train_trajectory,
-)
+import regression
+from models import optimizer_from_arrays, optimizer_to_arrays, warn_if_not_finite
+from regression import Learned, Network, draw_problem, new_training, rollout, train_trajectory
 
 
 class Method(NamedTuple):
-    """A method's LSTMs, what they are trained on, and how it is drawn."""
+    """LSTMs and what they are trained on; where only trajectories differ, training is shared."""
 
     networks: tuple
     trajectories: int
     steps: int  # of each trajectory
-    colour: str
-    without: str = None  # the same method without teleports, which it is compared with
+    scaled: bool = False  # whether gradients are, by `sign_and_log`
 
 
 LR, UPDATE = Network(("lr",), 20, 1e-4), Network(("update",), 300, 1e-3)
 LR_AND_T, T = Network(("lr", "T"), 20, 1e-4), Network(("T",), 300, 1e-4)
 METHODS = {
-    "LSTM(lr)": Method((LR,), 30, 300, plots.SKY),
-    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300, plots.GREEN, "LSTM(lr)"),
-    "LSTM(update)": Method((UPDATE,), 600, 100, plots.ORANGE),
-    "LSTM(update,tele)": Method((UPDATE, T), 700, 100, plots.RED, "LSTM(update)"),
+    "LSTM(lr)": Method((LR,), 30, 300),
+    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300),
+    "LSTM(update)": Method((UPDATE,), 600, 100),
+    "LSTM(update), 700": Method((UPDATE,), 700, 100),
+    "LSTM(update,tele)": Method((UPDATE, T), 700, 100),
 }
-QUICK = 100  # --quick trains on so many times fewer trajectories
-GD_LR = 3e-4
-GD_LRS = np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
-TEST_STEPS, STEPS_SHOWN, CLAIMED_STEP = 100, (10, 30, 100), 30
-TEST_SETS = {
-    "published 5": [n * n * 12345 for n in range(1, 6)],
-    "fresh 100": [(i + 1) * 54321 for i in range(100)],
-}
-SEED = 54321  # initialisation i has the seed (i + 1) * SEED
-SEEDS = 10  # initialisations of each method; 3 are too few: which LSTM blows up hangs on rounding
-SAVE_SECONDS = 20  # between saves during training
-REPEATS = 9  # of the run of CLAIMED_STEP steps whose seconds are measured
-LITTLE = 0.01  # so close to 1 a ratio of losses is no difference
-RESAMPLES = 2000  # of the bootstrap
-TUNED, PUBLISHED_5 = "GD (tuned)", "published 5"
-COLOURS = {"GD": plots.BLACK, TUNED: plots.GREY} | {name: m.colour for name, m in METHODS.items()}
+METHODS |= {f"{name}, scaled": m._replace(scaled=True) for name, m in METHODS.items()}
+PAIRS = [("LSTM(lr,tele)", "LSTM(lr)")]  # whose losses are compared
+PAIRS += [("LSTM(update,tele)", name) for name in ("LSTM(update)", "LSTM(update), 700")]
+PAIRS += [(f"{a}, scaled", f"{b}, scaled") for a, b in PAIRS]
+PAIRS += [(name, name.removesuffix(", scaled")) for name, m in METHODS.items() if m.scaled]
+PAIRS += [(name, "GD (tuned)") for name in METHODS]
+GD_LR, GD_LRS = 3e-4, np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
+TRAINING_SEEDS = [n * n * 12345 - 1 for n in range(700)]
+TEST_SEEDS = [n * n * 12345 for n in range(5)] + [(i + 1) * 54321 for i in range(100)]
+TEST_SETS = {"published 5": slice(5), "fresh 100": slice(5, None)}
+KEYS, STEPS = ("loss", "squared_gradient"), [*range(31), 100]  # that are kept of the tests
+CLAIMED_STEP, STEPS_SHOWN = 30, (10, 30, 100)
+SEED, SEEDS = 54321, 10  # initialisation i of SEEDS has the seed (i + 1) * SEED
+SAVE_EVERY, QUICK = 50, 100  # trajectories; --quick trains on so many times fewer
+COMMON = {"unroll": regression.UNROLL, "ranges": regression.RANGES, "tests": [TEST_SEEDS, STEPS]}
 
 
-def training_seeds(trajectories):
-    """Return the published seeds of training trajectories."""
-    return [n * n * 12345 - 1 for n in range(1, trajectories + 1)]
-
-
-def draw_tests():
-    """Return the trajectories of all TEST_SETS in turn, as one stack."""
-    return draw_problem([seed for seeds in TEST_SETS.values() for seed in seeds])
+def gradient_descent(lr):
+    """Return GD for `rollout`; lr: a number, or a tensor that broadcasts over the weights."""
+    return lambda t, w, gradient: w - lr * gradient
 
 
 def tune_gradient_descent():
-    """Return the step size with the least median loss at CLAIMED_STEP on training trajectories.
+    """Return the step size with the least median loss on the trajectories of LSTM(lr,tele)."""
+    problem = draw_problem(TRAINING_SEEDS[: METHODS["LSTM(lr,tele)"].trajectories])
+    problem = problem._replace(w=problem.w.expand(len(GD_LRS), *problem.w.shape))
+    lrs = torch.tensor(GD_LRS, dtype=torch.float32).view(-1, 1, 1, 1, 1)
+    loss = rollout(gradient_descent(lrs), problem, CLAIMED_STEP)[0][-1]
+    return float(GD_LRS[loss.nan_to_num(np.inf).median(1).values.argmin()])
 
-    They are those of LSTM(lr,tele). A loss that is not finite counts as larger than all others.
+
+def test(name, optimizer):
+    """Return a method's loss [STEPS, TEST_SEEDS] and |∇L|² of the published; optimizer(problem)."""
+    problem = draw_problem(TEST_SEEDS)
+    loss, norm = rollout(optimizer(problem), problem, STEPS[-1])
+    return {f"{name}: {key}": curves for key, curves in zip(KEYS, (loss[STEPS], norm[STEPS, :5]))}
+
+
+def train(methods, initialisation, path, settings, bar):
+    """Do one task: methods, {name: Method}, that have one training, which goes on from `path`.
+
+    It has the LSTMs' parameters, Adam's state until the end, and what `test` returns for each.
     """
-    problem = draw_problem(training_seeds(METHODS["LSTM(lr,tele)"].trajectories))
-    problem = problem._replace(w=np.repeat(problem.w[None], len(GD_LRS), axis=0))
-    lrs = GD_LRS.astype(np.float32)[:, None, None, None, None]
-    losses, _ = rollout(gradient_descent(lrs), problem, CLAIMED_STEP)
-    return float(GD_LRS[np.median(finite(losses[-1]), axis=1).argmin()])
+    *_, method = methods.values()
+    lstms, adam = new_training(method.networks, method.scaled, (initialisation + 1) * SEED)
+    if state := files.load(path, settings):
+        lstms.load_state_dict({key: torch.tensor(state[key]) for key in lstms.state_dict()})
+        optimizer_from_arrays(adam, state)
+
+    def step(state):
+        n, curves = int(state["steps"]), {key: state[key] for key in state if ": " in key}
+        loss = train_trajectory(lstms, adam, draw_problem(TRAINING_SEEDS[n]), method.steps)
+        warn_if_not_finite(f"{path.stem}: the loss in training", loss)
+        for name in [name for name, m in methods.items() if m.trajectories == n + 1]:
+            curves |= test(name, partial(Learned, lstms.eval()))
+        end = n + 1 == method.trajectories
+        return lstms.state_dict() | curves | ({} if end else optimizer_to_arrays(adam))
+
+    files.resume(path, settings, dict, step, method.trajectories, bar, SAVE_EVERY)
 
 
-def finite(losses):
-    """Return losses with infinity for all that are not finite."""
-    return np.where(np.isfinite(losses), losses, np.inf)
-
-
-def train(method, initialisation, path, settings, report):
-    """Do one task: train a method's LSTMs from an initialisation and test them; resume from `path`.
-
-    report(n): called after n trajectories. In the end `path` has the LSTMs' matrices and, for the
-    trajectories of all TEST_SETS in turn, `loss` and `gradient_norm_squared`
-    [TEST_STEPS + 1, trajectories]. Until then it has the number of `trained` trajectories and
-    Adam's state instead; always the seconds spent. Raises UserError where a loss is not finite in
-    training.
-    """
-    lstms, optimizers = new_training(method.networks, (initialisation + 1) * SEED)
-    state = {"trained": 0, "seconds": 0.0} | (files.load(path, settings) or {})
-    first, start = int(state["trained"]), time.perf_counter() - state["seconds"]
-    if first:
-        restore(lstms, optimizers, state)
-        report(first)
-    saved = time.monotonic()
-    for i, seed in enumerate(training_seeds(method.trajectories)[first:], first):
-        try:
-            train_trajectory(method.networks, lstms, optimizers, draw_problem(seed), method.steps)
-        except FloatingPointError as error:
-            raise files.UserError(f"{path.stem}, training trajectory {i}: {error}.") from None
-        ahead = i + 1 > files.steps_saved(path, "trained")  # of another launch
-        if time.monotonic() - saved > SAVE_SECONDS and ahead:
-            seconds = time.perf_counter() - start
-            arrays = {"trained": i + 1, "seconds": seconds, **matrices(lstms, optimizers)}
-            files.save(path, settings, arrays)
-            saved = time.monotonic()
-        report(1)
-    problem = draw_tests()
-    loss, norm = rollout(learned(method.networks, lstms, problem), problem, TEST_STEPS)
-    arrays = {"loss": loss, "gradient_norm_squared": norm, "trained": method.trajectories}
-    arrays["seconds"] = time.perf_counter() - start
-    files.save(path, settings, arrays | matrices(lstms))
-
-
-def start_worker(count):
-    """Prepare a worker process; count: of trajectories done, is shared."""
-    global report_to_parent
-    torch.set_num_threads(1)
-    files.code_version()  # now: the code may change while it runs
-
-    def report_to_parent(n):
-        with count.get_lock():
-            count.value += n
-
-
-def do_task(*task):
-    """Do a task in a worker process."""
-    train(*task, report_to_parent)
-
-
-def run_tasks(tasks, processes):
-    """Do tasks, the arguments of `train` but for its last, in single-threaded processes.
-
-    Raises the first error that one of them raised, or UserError where one was killed. All of them
-    end with this function, whatever ends it.
-    """
-    context = multiprocessing.get_context("spawn")
-    count = context.Value("q", 0)
-    os.environ[PARENT] = str(os.getpid())
-    total = sum(method.trajectories for method, *_ in tasks)
-    executor = ProcessPoolExecutor(processes, context, start_worker, (count,))
-    # the workers inherit that they ignore Ctrl-C: this process stops them
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        futures = [executor.submit(do_task, *task) for task in tasks]
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        del os.environ[PARENT]
-    try:
-        with launch.progress_bar(total, "trajectory") as bar:
-            pending = futures
-            while pending:
-                done, pending = wait(pending, timeout=0.2)
-                bar.update(count.value - bar.n)
-                for future in done:
-                    future.result()
-    except BrokenProcessPool:
-        raise files.UserError("a worker process was killed, possibly out of memory.") from None
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # what it has saved is whole
-        executor.shutdown(cancel_futures=True)
-
-
-def tasks(methods, initialisations, folder):
-    """Return the tasks, the longest first: (method, initialisation, path of its log, settings)."""
-
-    def work(method):
-        return method.trajectories * method.steps * sum(n.hidden**2 for n in method.networks)
-
-    listed = []
-    for name, method in sorted(methods.items(), key=lambda item: -work(item[1])):
-        for i in range(initialisations):
-            settings = {
-                "method": name,
-                "networks": method.networks,
-                "training": [method.trajectories, method.steps, UNROLL],
-                "ranges": [FIRST_LR, LR_RANGE, UPDATE_RANGE, T_NORM],
-                "test": [TEST_STEPS, TEST_SETS],
-                "seed": (i + 1) * SEED,
-                "device": "cpu",
-            }
-            path = folder / f"{re.sub('[^a-z]+', '-', name.lower()).strip('-')}-{i}.npz"
-            listed.append((method, i, path, settings))
+def tasks(args):
+    """Return the tasks, each the arguments of `train` but for the bar."""
+    logs = args.output / "logs" / f"learn-to-teleport{'-quick' if args.quick else ''}"
+    trainings, listed = {}, []
+    for name, m in METHODS.items():
+        m = m._replace(trajectories=-(-m.trajectories // (QUICK if args.quick else 1)))
+        trainings.setdefault((m.networks, m.steps, m.scaled), {})[name] = m
+    for methods in trainings.values():
+        log = re.sub("[^a-z]+", "-", next(iter(methods)).lower()).strip("-")
+        for i in range(args.seeds):
+            settings = COMMON | {"methods": methods, "seed": (i + 1) * SEED, "device": "cpu"}
+            listed.append((methods, i, logs / f"{log}-{i}.npz", settings))
     return listed
 
 
-def chosen(args):
-    """Return what the options ask for: methods, folders for figures and for logs, and tasks."""
-    methods, logs = METHODS, args.output / "logs" / "learn-to-teleport"
-    folder = args.output / "learn-to-teleport" / "figures"
-    if args.quick:
-        methods = {
-            name: method._replace(trajectories=math.ceil(method.trajectories / QUICK))
-            for name, method in METHODS.items()
-        }
-        folder, logs = folder / "quick", logs.with_name(f"{logs.name}-quick")
-    if args.seeds != SEEDS:
-        folder /= f"{args.seeds}seeds"
-    return methods, folder, logs, tasks(methods, args.seeds, logs)
-
-
-def is_finished(state):
-    """Return whether a task's log, or None, is what `train` saves in the end."""
-    return state is not None and "loss" in state
-
-
 def compute(args):
-    """Do this rank's share of the tasks that logs/ lacks: all of them but under torchrun."""
-    todo = [
-        t for t in launch.share_of_rank(chosen(args)[-1]) if not is_finished(files.load(*t[2:]))
-    ]
-    if launch.rank_and_world()[1] == 1 and todo:
-        run_tasks(todo, args.processes)
-    else:  # the ranks are the processes side by side
-        total = sum(method.trajectories for method, *_ in todo)
-        with launch.progress_bar(total, "trajectory") as bar:
-            for task in todo:
-                train(*task, bar.update)
-
-
-def seconds_a_step(optimizer, problem):
-    """Return the seconds of a step of an optimizer on one problem: a median over REPEATS runs."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        rollout(optimizer(), problem, CLAIMED_STEP)
-        times.append((time.perf_counter() - start) / CLAIMED_STEP)
-    return np.median(times)
+    """Do this rank's share of the tasks."""
+    share = launch.share_of_rank(tasks(args))
+    total = sum([*methods.values()][-1].trajectories for methods, *_ in share)
+    launch.do_tasks(train, share, total, "trajectory", args.processes)
 
 
 def collect(_, args):
-    """Return the results of all methods, settings and a log that they are from.
-
-    For each method, "<method>: loss" [initialisations, TEST_STEPS + 1, trajectories of all
-    TEST_SETS], "<method>: gradient_norm_squared", which has the published trajectories alone, and
-    "<method>: seconds_a_step" of one trajectory. GD has one initialisation.
-    """
-    methods, _, _, listed = chosen(args)
-    found, gd_lr = {name: [] for name in methods}, tune_gradient_descent()
-    for *_, path, settings in listed:
-        state = files.load(path, settings)
-        if not is_finished(state):
-            raise files.UserError(f"{path} is missing or incomplete: run the same command again.")
-        found[settings["method"]].append(state)
-    problem, first = draw_tests(), draw_problem(TEST_SETS[PUBLISHED_5][0])
-    optimizers = {
-        name: partial(learned, m.networks, lstms_of(m.networks, found[name][0]), first)
-        for name, m in methods.items()
-    }
-    for name, lr in (("GD", GD_LR), (TUNED, gd_lr)):
-        curves = rollout(gradient_descent(lr), problem, TEST_STEPS)
-        found[name] = [dict(zip(("loss", "gradient_norm_squared"), curves))]
-        optimizers[name] = partial(gradient_descent, lr)
-    results = {"gd_tuned_lr": gd_lr}
-    for name in COLOURS:
-        loss, norm = (
-            np.stack([s[k] for s in found[name]]) for k in ("loss", "gradient_norm_squared")
-        )
-        results[f"{name}: loss"] = loss
-        results[f"{name}: gradient_norm_squared"] = by_test_set(norm)[PUBLISHED_5]
-        results[f"{name}: seconds_a_step"] = seconds_a_step(optimizers[name], first)
-    settings = {"seeds": args.seeds, "quick": args.quick} | listed[0][3]
-    return settings, results, listed[0][2]
-
-
-def interval(values):
-    """Return the median of values: [initialisations, trajectories], with its 95 % interval.
-
-    A two-level bootstrap: initialisations and trajectories are resampled, each on their own. What
-    is not finite is None in the result.
-    """
-    rng = np.random.default_rng(SEED)
-    initialisations, trajectories = values.shape
-    i = rng.integers(initialisations, size=(RESAMPLES, initialisations, 1))
-    j = rng.integers(trajectories, size=(RESAMPLES, 1, trajectories))
-    medians = np.sort(np.median(values[i, j], axis=(1, 2)))
-    chosen = np.median(values), medians[RESAMPLES // 40], medians[-1 - RESAMPLES // 40]
-    return {
-        key: float(f"{value:.6g}") if np.isfinite(value) else None
-        for key, value in zip(("median", "low", "high"), chosen)
-    }
-
-
-def by_test_set(curves):
-    """Return curves: [..., trajectories] as {name of TEST_SETS: [..., trajectories of it]}."""
-    ends = np.cumsum([len(seeds) for seeds in TEST_SETS.values()])
-    return dict(zip(TEST_SETS, np.split(curves, ends[:-1], axis=-1)))
-
-
-def compare(a, b):
-    """Return the ratio of losses a / b at CLAIMED_STEP on fresh trajectories, and which is lower.
-
-    a, b: [initialisations, steps + 1, trajectories of all TEST_SETS]; b may have one
-    initialisation for all of a's. Pairs of which neither is finite count as equal. `of_each` has
-    the initialisations' own medians.
-    """
-    a, b = (by_test_set(curves[:, CLAIMED_STEP])["fresh 100"].astype(float) for curves in (a, b))
-    with np.errstate(invalid="ignore"):
-        ratio = np.where(np.isinf(a) & np.isinf(b), 1, a / b)
-    result = interval(ratio)
-    low, high = (np.inf if result[key] is None else result[key] for key in ("low", "high"))
-    lower = "the first" if high < 1 else "the second" if low > 1 else "unclear"
-    if lower != "unclear" and abs(np.median(ratio) - 1) < LITTLE:
-        lower = f"neither by {LITTLE:.0%}"
-    of_each = [float(f"{r:.4g}") if np.isfinite(r) else None for r in np.median(ratio, axis=1)]
-    return result | {"lower": lower, "of_each": of_each}
+    """Return settings, what `test` returns, [initialisations, ...], with the times, and a log."""
+    listed, lr, one = tasks(args), tune_gradient_descent(), draw_problem(SEED)
+    optimizers = {"GD": gradient_descent(GD_LR), "GD (tuned)": gradient_descent(lr)}
+    found = {name: [test(name, lambda _, gd=gd: gd)] for name, gd in optimizers.items()}
+    for methods, _, path, settings in listed:
+        state = files.load_steps(path, settings, [*methods.values()][-1].trajectories)
+        for name, m in methods.items():
+            found.setdefault(name, []).append(state)
+            optimizers[name] = Learned(new_training(m.networks, m.scaled, SEED)[0].eval(), one)
+    results = {"gd_tuned_lr": lr}
+    for name, states in found.items():
+        for key in (f"{name}: {key}" for key in KEYS):
+            results[key] = np.stack([state[key] for state in states])
+        times = repeat(partial(rollout, optimizers[name], one, 30), number=1, repeat=5)
+        results[f"{name}: seconds_a_step"] = min(times) / 30
+    settings = {"seeds": args.seeds, "quick": args.quick, "methods": METHODS}
+    return settings | COMMON, results, listed[0][2]
 
 
 def summarise(_, results):
     """Return what summary.json says of the results that `collect` returns."""
-    losses = {name: finite(results[f"{name}: loss"]) for name in COLOURS}
-    methods = {}
-    for name, curves in losses.items():
-        seconds = float(results[f"{name}: seconds_a_step"])
-        methods[name] = {"seconds_a_step": float(f"{seconds:.3g}")}
-        for test_set, loss in by_test_set(curves).items():
-            at = {step: interval(loss[:, step].astype(float)) for step in STEPS_SHOWN}
-            diverged = int((~(loss[:, -1] < loss[:, 0])).sum())  # ends no better than it began
-            of = loss[:, 0].size
-            methods[name][test_set] = {"loss_at_step": at, "diverged": diverged, "of": of}
-    claims = [(name, method.without) for name, method in METHODS.items() if method.without]
-    pairs = [*claims, *((name, TUNED) for name in METHODS)]
-    ratios = {f"{a} / {b}": compare(losses[a], losses[b]) for a, b in pairs}
-    claimed = [ratio["lower"] for ratio in list(ratios.values())[: len(claims)]]
-    if all(lower == "the first" for lower in claimed):
-        verdict = "holds"
-    elif "the first" in claimed:
-        verdict = f"holds for {claimed.count('the first')} of {len(claimed)}"
-    else:
-        verdict = "opposite" if "the second" in claimed else "not seen"
-    return {
-        "gd_tuned_lr": results["gd_tuned_lr"],
-        "methods": methods,
-        "ratios_of_losses": {"step": CLAIMED_STEP, "test_set": "fresh 100", "of": ratios},
-        "claim_that_teleporting_lowers_the_loss": verdict,
-    }
+    methods, claimed = {}, {}
+    for name in ("GD", "GD (tuned)", *METHODS):
+        loss = np.nan_to_num(results[f"{name}: loss"].astype(float), nan=np.inf, posinf=np.inf)
+        methods[name] = {"seconds_a_step": float(results[f"{name}: seconds_a_step"])}
+        claimed[name] = loss[:, STEPS.index(CLAIMED_STEP), TEST_SETS["fresh 100"]]
+        for test_set, chosen in TEST_SETS.items():
+            own = loss[..., chosen]
+            of_each = {step: np.median(own[:, STEPS.index(step)], -1) for step in STEPS_SHOWN}
+            methods[name][test_set] = {
+                "loss_at_step": {step: median_of_few(values) for step, values in of_each.items()},
+                "diverged": int((own[:, -1] >= own[:, 0]).sum()),  # ends no better than it began
+                "of": own[:, 0].size,
+            }
+    gd = np.median(claimed["GD"])
+    ratios = {f"{a} / {b}": compare_ratios(claimed[a], claimed[b], gd) for a, b in PAIRS}
+    return {"gd_tuned_lr": results["gd_tuned_lr"], "methods": methods, "ratios": ratios}
 
 
 def table(summaries):
-    """Return the losses and their ratios as Markdown."""
+    """Return the losses, and their ratios at CLAIMED_STEP on fresh trajectories, as Markdown."""
     (summary,) = summaries.values()
-
-    def number(value, digits=3):
-        return "∞" if value is None else f"{value:.{digits}g}"
-
-    def cell(entry, digits=3):
-        return "{} [{}, {}]".format(*(number(entry[k], digits) for k in ("median", "low", "high")))
-
-    header = ["method", "trajectories", *(f"loss, step {step}" for step in STEPS_SHOWN)]
-    header, rows = [*header, "diverged", "ms a step"], []
-    for test_set in TEST_SETS:
-        for name, entry in summary["methods"].items():
-            found = entry[test_set]
-            cells = [name, test_set, *map(cell, found["loss_at_step"].values())]
-            milliseconds = f"{1e3 * entry['seconds_a_step']:.3g}"
-            rows.append([*cells, f"{found['diverged']} of {found['of']}", milliseconds])
-    compared = [f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories", "median"]
-    ratios = [
-        [pair, cell(entry, 4), ", ".join(number(r, 4) for r in entry["of_each"]), entry["lower"]]
-        for pair, entry in summary["ratios_of_losses"]["of"].items()
+    rows = [
+        [name, test_set, *map(plots.median_text, entry[test_set]["loss_at_step"].values())]
+        + ["{diverged} of {of}".format(**entry[test_set]), f"{1e3 * entry['seconds_a_step']:.2g}"]
+        for test_set in TEST_SETS
+        for name, entry in summary["methods"].items()
     ]
-    verdict = summary["claim_that_teleporting_lowers_the_loss"]
-    return (
-        f"{plots.markdown(header, rows)}\n"
-        f"{plots.markdown([*compared, 'of each initialisation', 'lower'], ratios)}\n"
-        f"The claim that teleporting lowers the loss: {verdict}.\n"
-    )
-
-
-def draw_panel(results, against, path):
-    """Draw a panel of Figure 6 over the published trajectories and all initialisations.
-
-    results: as `collect` returns them. Against epoch or time: mean and standard deviation of the
-    loss, the band cut at the lowest loss; against the loss: the mean |∇L|² at each epoch. Runs that
-    are not finite by CLAIMED_STEP are left out and counted.
-    """
-    axes = Figure(figsize=(5.2, 3.8)).add_subplot(ylabel="loss")
-    plots.plain_log_axis(axes, "y")
-    partners = {method.without for method in METHODS.values()}
-    for name, colour in COLOURS.items():
-        style = {"color": colour}
-        if name in partners:  # it may lie on that with T
-            style |= {"ls": "--", "zorder": 3}
-        loss = by_test_set(finite(results[f"{name}: loss"]))[PUBLISHED_5]
-        norm = results[f"{name}: gradient_norm_squared"]
-        loss, norm = (np.concatenate(c, -1)[: CLAIMED_STEP + 1] for c in (loss, norm))
-        kept = np.isfinite(loss).all(0)
-        label = name if kept.all() else f"{name}, {(~kept).sum()} of {len(kept)} not finite"
-        if not kept.any():
-            axes.plot([], [], label=label, **style)
-            continue
-        mean, deviation = loss[:, kept].mean(1), loss[:, kept].std(1)
-        if against == "gradient":
-            axes.plot(mean, norm[:, kept].mean(1), marker=".", label=label, lw=1, **style)
-            continue
-        x = np.arange(len(mean)) * (
-            1e3 * results[f"{name}: seconds_a_step"] if against == "time" else 1
-        )
-        low = np.maximum(mean - deviation, loss[:, kept].min(1))
-        shown = slice(against == "time", None)  # on a logarithmic axis there is no 0
-        axes.plot(x[shown], mean[shown], label=label, **style)
-        band = (curve[shown] for curve in (x, low, mean + deviation))
-        axes.fill_between(*band, color=colour, alpha=0.15, lw=0)
-    if against == "gradient":
-        axes.set(xscale="log", xlabel="loss", ylabel=r"$|\nabla L|^2$")
-    else:
-        axes.set_xlabel("epoch" if against == "epoch" else "time (ms)")
-        axes.set_xscale("linear" if against == "epoch" else "log")
-    plots.legend_beside(axes)
-    plots.save_figure(axes.figure, path)
+    header = ["method", "trajectories", *(f"loss, step {step}" for step in STEPS_SHOWN)]
+    losses = plots.markdown([*header, "diverged", "ms a step"], rows)
+    title = f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories"
+    return f"{losses}\n{plots.ratio_table(title, summary['ratios'])}"
 
 
 def draw(_, results, summary, folder):
-    """Draw Figure 6: the loss against epoch and against time, and |∇L|² against the loss."""
-    for against in ("epoch", "time", "gradient"):
-        suffix = "" if against == "epoch" else f"_vs_{against}"
-        draw_panel(results, against, folder / f"multi_layer_loss{suffix}")
+    """Draw Figure 6, and once more with scaled gradients, from the published trajectories."""
+    panels = ("", "epoch", "loss"), ("_vs_time", "ms", "loss"), ("_vs_gradient", "loss", "|∇L|²")
+    for (suffix, xlabel, ylabel), scaled in product(panels, (False, True)):
+        curves = {}
+        for name in ("GD", "GD (tuned)", *(n for n in METHODS if METHODS[n].scaled == scaled)):
+            loss, norm = (np.concatenate(results[f"{name}: {key}"][:, :31, :5], -1) for key in KEYS)
+            step = 1e3 * results[f"{name}: seconds_a_step"] if xlabel == "ms" else 1
+            curves[name] = (loss, norm) if xlabel == "loss" else (step * np.arange(31), loss)
+        path = folder / f"multi_layer_loss{suffix}{'_scaled' if scaled else ''}"
+        plots.draw_losses(path, curves, xlabel=xlabel, ylabel=ylabel)
 
 
 def parse_arguments():
     parser = launch.experiment_parser(__doc__, on_datasets=False)
     add, at_least = parser.add_argument, launch.at_least
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
     add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
-    add("--processes", type=at_least(1), default=cores, help="number of worker processes")
+    add("--processes", type=at_least(1), default=launch.cores(), help="number of worker processes")
     return parser.parse_args()
 
 
 def main():
     torch.set_num_threads(1)
     args = parse_arguments()
-    parts, folder = (["results"], ["results"]), chosen(args)[1]
+    folder = args.output / "learn-to-teleport" / "figures" / ("quick" if args.quick else "")
+    folder /= f"{args.seeds}seeds" if args.seeds != SEEDS else ""
+    parts = ["results"], ["results"]
     launch.compute_and_report(args, folder, *parts, compute, collect, summarise, table, draw)
 
 

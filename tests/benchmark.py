@@ -8,6 +8,7 @@ The floor of a piece is the number of operations in its matrix products over the
 matrix product, measured in the same run. Data are made up: the time does not depend on them.
 """
 
+import argparse
 import math
 import resource
 import subprocess
@@ -29,6 +30,7 @@ from experiment import files, plots  # noqa: E402
 
 import correlation  # noqa: E402
 import multi_layer_regression  # noqa: E402
+import regression  # noqa: E402
 import teleport_cnn  # noqa: E402
 import teleport_optimization  # noqa: E402
 import teleport_sharpness_curvature  # noqa: E402
@@ -42,6 +44,7 @@ from models import (  # noqa: E402
     train_epoch_sgd,
 )
 from module_symmetry import gradient_norm, symmetry_of, teleport_module  # noqa: E402
+from regression import train_trajectory  # noqa: E402
 from teleportation import (  # noqa: E402
     RADII,
     curvature_along,
@@ -50,6 +53,7 @@ from teleportation import (  # noqa: E402
     teleport,
     teleport_sharpness,
 )
+from test_learn_to_teleport import train_plainly  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -240,22 +244,30 @@ def cold_start(limit):
     return Row(seconds, math.nan, limit)
 
 
-def figure_6(processes, limit, part=10, least=700):
-    """The training and the tests of Figure 6's four methods, one initialisation.
+def figure_6_trajectory(train, limit=None):
+    """Training of LSTM(update) on one trajectory; train(lstms, adam, networks, problem).
 
-    From the time of a part of the trajectories, with and without that of nearly none. Its matrices
-    are read from memory anew for each step: there is no floor of operations to compare with.
+    Its matrices are read from memory anew for each step: there is no floor of operations.
+    """
+    method = multi_layer_regression.METHODS["LSTM(update)"]
+    lstms, adam = regression.new_training(method.networks, method.scaled, 1)
+    problem = regression.draw_problem(12344)
+    return Row(best_seconds(lambda: train(lstms, adam, method.networks, problem)), math.nan, limit)
+
+
+def figure_6(processes, limit, part=10, least=700):
+    """The training and the tests of Figure 6's published methods and LSTM(lr), one initialisation.
+
+    From the time of a part of the trajectories, with and without that of nearly none.
     """
     script, seconds = multi_layer_regression, []
-    for divisor in (least, part):
-        methods = {
-            name: method._replace(trajectories=math.ceil(method.trajectories / divisor))
-            for name, method in script.METHODS.items()
-        }
+    names = "LSTM(lr)", "LSTM(lr,tele)", "LSTM(update)", "LSTM(update,tele)"
+    script.METHODS = {name: script.METHODS[name] for name in reversed(names)}  # the longest first
+    for script.QUICK in (least, part):
         with tempfile.TemporaryDirectory() as folder:
-            tasks = script.tasks(methods, 1, Path(folder))
+            options = {"output": Path(folder), "quick": True, "seeds": 1, "processes": processes}
             start = time.perf_counter()
-            script.run_tasks(tasks, processes)
+            script.compute(argparse.Namespace(**options))
             seconds.append(time.perf_counter() - start)
     once, some = seconds
     return Row(once + (some - once) / (1 / part - 1 / least), math.nan, limit)
@@ -270,7 +282,14 @@ ROWS = {
     "φ and ψ, CIFAR-10: 100 networks, one batch": lambda: estimators("CIFAR10"),
     "cold start of correlation.py, MNIST": lambda: cold_start(limit=6),
     "Figure 7": lambda: figure_7(limit=3),
-    "Figure 6: one initialisation, 2 processes": lambda: figure_6(2, limit=150),
+    "Figure 6: LSTM(update), one trajectory": lambda: figure_6_trajectory(
+        lambda lstms, adam, networks, problem: train_trajectory(lstms, adam, problem, 100),
+        limit=0.13,
+    ),
+    "Figure 6 by plain autograd: the same": lambda: figure_6_trajectory(
+        lambda lstms, adam, networks, problem: train_plainly(lstms, networks, problem, 100, False)
+    ),
+    "Figure 6: one initialisation, 2 processes": lambda: figure_6(2, limit=308),
     **{
         f"{name}, MNIST: 5 runs, an epoch": lambda name=name: epoch(name)
         for name in teleport_optimization.EXPERIMENTS

@@ -3,6 +3,8 @@
 import argparse
 import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 from experiment import files
@@ -11,6 +13,7 @@ from experiment.launch import (
     at_least,
     compute_and_report,
     device,
+    do_tasks,
     figures_folder,
     run,
     share_of_rank,
@@ -158,3 +161,30 @@ def test_results_say_by_which_code_their_logs_were_made(tmp_path):
         lambda *_: None,
     )
     assert json.loads((tmp_path / "summary.json").read_text())["a"]["made_with"] == made
+
+
+def double(number, path, bar):
+    """A task: writes 2 x a number; raises UserError for 13, and is killed for −1."""
+    if number == 13:
+        raise UserError("13 brings bad luck.")
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    bar.update()
+    path.write_text(str(2 * number))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"), [(13, "13 brings bad luck"), (-1, "a worker process was killed")]
+)
+def test_tasks_are_done_side_by_side_and_their_errors_raised(tmp_path, extra, words):
+    tasks = [(n, tmp_path / str(n)) for n in range(3)]
+    do_tasks(double, tasks, 3, "number", 2)
+    assert [(tmp_path / str(n)).read_text() for n in range(3)] == ["0", "2", "4"]
+    with pytest.raises(UserError, match=words):
+        do_tasks(double, [(extra, tmp_path)], 1, "number", 1)
+
+
+def test_in_ranks_tasks_are_done_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    do_tasks(double, [(4, tmp_path / "4")], 1, "number", 1)
+    assert (tmp_path / "4").read_text() == "8"
