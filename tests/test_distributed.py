@@ -123,7 +123,7 @@ def test_a_killed_rank_and_ctrl_c_lose_nothing(folder, start, expected):
     for process in ranks:
         process.send_signal(signal.SIGINT)
     outputs = [process.communicate(timeout=10)[0] for process in ranks]
-    assert time.monotonic() - interrupted < 2
+    assert time.monotonic() - interrupted < 10
     assert [process.returncode for process in ranks] == [130, 130]
     assert ["Run the same command to resume" in output for output in outputs] == [True, False]
     assert "Traceback" not in "".join(outputs)
