@@ -266,17 +266,18 @@ def check_finite(losses):
         raise FloatingPointError(f"the loss of run {run} of the stack is not finite at step {step}")
 
 
-def epoch_with_moves(images, moves, move, train, batch_size=BATCH):
-    """Train for one epoch of so many images, with a move before each of the first mini-batches.
+def epoch_with_moves(images, at, move, train, batch_size=BATCH):
+    """Train for one epoch of so many images, with a move before each of some mini-batches.
 
-    move(k) is called before the k-th of `moves` mini-batches, and train(rows) returns the mean
-    training loss [...] over a slice of the images: one mini-batch, or the rest of the epoch.
-    Returns the mean loss over the epoch, and a list of what the moves returned.
+    move(k) is called before the k-th mini-batch for each k in `at`, and train(rows) returns the
+    mean training loss [...] over a slice of the images that no move interrupts. Returns the mean
+    loss over the epoch, and a list of what the moves returned.
     """
-    ends = [*(batch_size * k for k in range(moves + 1)), images]
+    starts = sorted({0, *at})
+    ends = [*(batch_size * k for k in starts), images]
     total, moved = 0, []
-    for k, rows in enumerate(starmap(slice, pairwise(ends))):
-        if k < moves:
+    for k, rows in zip(starts, starmap(slice, pairwise(ends))):
+        if k in at:
             moved.append(move(k))
         total = total + ceil((rows.stop - rows.start) / batch_size) * train(rows)
     return total / ceil(images / batch_size), moved

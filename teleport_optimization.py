@@ -3,6 +3,7 @@
     python teleport_optimization.py                          # MNIST, all optimizers
     python teleport_optimization.py --sample                 # the same on the shipped sample
     python teleport_optimization.py --optimizer AdaGrad --dataset CIFAR10
+    python teleport_optimization.py --study lr               # does it help at other learning rates?
 
 Before each of the first mini-batches of one epoch the weights are teleported to a larger gradient.
 The published code also builds a new optimizer there, which empties its state. So there are arms:
@@ -13,13 +14,14 @@ The published code also builds a new optimizer there, which empties its state. S
     kept        teleports that keep the optimizer's state
     random      moves as long as the teleports', in a random direction of the orbit; new optimizer
 
-An optimizer's runs of all arms train side by side as two stacks, one that keeps its state and one
-that rebuilds it. Training goes to logs/optimization/; an interrupted run goes on from there. The
-curves of each arm and run are in figures/optimization/<dataset>_<optimizer>.npz.
+STUDIES have others. Arms train side by side, as one stack where they share an optimizer. Training
+goes to logs/optimization/; an interrupted run goes on from there. The curves of each arm and run are in
+figures/optimization/<dataset>_<optimizer>.npz, and a study's in figures/optimization-<study>/.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from experiment import files, launch, plots, statistics
@@ -30,168 +32,379 @@ from matplotlib.figure import Figure
 
 import models
 from data import TITLES, load_data, shuffled_batch
-from teleportation import act, loss_and_gradient_norm_squared, random_group_elements, teleport
+from teleportation import (
+    RESCALING,
+    act,
+    ascend_to,
+    inner_product,
+    level_set_ascent,
+    loss_and_gradient_norm_squared,
+    random_group_elements,
+    teleport,
+    value_and_gradient,
+)
 
 # Settings
 
 
 class Experiment(NamedTuple):
-    """An optimizer, and when and how far it teleports."""
+    """An optimizer, and when and how far it teleports as published."""
 
-    optimizer: Callable  # of the parameters
+    optimizer: Callable  # of the parameters and lr
+    lr: float
+    rates: tuple  # factors of it in the study lr
+    best: float  # the factor at which plain's test loss after 40 epochs is lowest there
     epoch: int  # index of the epoch that begins with teleports
-    lr: float  # of the ascent on T
+    ascent_lr: float  # of the ascent on T
 
 
+SGD, ADAM = torch.optim.SGD, torch.optim.Adam
+SMALL, LARGE = (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0)
 EXPERIMENTS = {
-    "SGD": Experiment(lambda p: torch.optim.SGD(p, lr=1e-2), 2, 1e-4),
-    "AdaGrad": Experiment(lambda p: torch.optim.Adagrad(p, lr=1e-2, fused=True), 2, 1e-4),
-    "momentum": Experiment(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), 0, 5e-2),
-    "RMSprop": Experiment(lambda p: torch.optim.RMSprop(p, lr=1e-4), 0, 5e-2),
-    "Adam": Experiment(lambda p: torch.optim.Adam(p, lr=1e-4, fused=True), 0, 5e-2),
+    "SGD": Experiment(SGD, 1e-2, SMALL, 1.0, 2, 1e-4),
+    "AdaGrad": Experiment(partial(torch.optim.Adagrad, fused=True), 1e-2, SMALL, 1.0, 2, 1e-4),
+    "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, SMALL, 1.0, 0, 5e-2),
+    "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, LARGE, 1.0, 0, 5e-2),
+    "Adam": Experiment(partial(ADAM, fused=True), 1e-4, LARGE, 1.0, 0, 5e-2),
 }
-TELEPORTS = 8  # before so many mini-batches, the first of the epoch
 ACTIVATION = models.LeakyReLU()
+TELEPORTS = 8  # before so many mini-batches, the first of the epoch
 STEPS = 10  # of ascent in each teleport
 CAP = 100.0  # a teleport stops where |∇L|² is larger
 TELEPORT_BATCH = 200  # training images, drawn anew for each teleport
+LENGTH = 0.02  # |T| of a step of an ascent to a target
 DEFAULTS = {"runs": 20, "epochs": 40}  # published: 5 runs of the arms plain and teleport
 
-# the arms of each stack: one keeps the optimizer's state, the other rebuilds it at every move
-STACKS = {"kept": ("plain", "kept"), "rebuilt": ("teleport", "reset", "random")}
-ARMS = [arm for arms in STACKS.values() for arm in arms]
-PAIRS = [(arm, "plain") for arm in ARMS[1:]] + [("teleport", "reset")]
+
+class Arm(NamedTuple):
+    """What an arm does, and when: a name in MOVES with its amount, or None."""
+
+    move: tuple | None = None
+    renewed: bool = False  # whether each move is followed by a new optimizer
+    epochs: tuple | None = None  # indices of the epochs with moves; None: the published one
+    moves: int = TELEPORTS  # in each of these epochs
+    apart: int = 1  # mini-batches from one to the next
+
+
+class Study(NamedTuple):
+    """Arms, the first of them plain, and what is asked of them.
+
+    The learning rates are `published`, `best`, or `all` rates of an Experiment. The primary
+    comparison, after the last epoch, is named beforehand; all others are exploratory.
+    """
+
+    arms: dict
+    rates: tuple = ("published",)
+    primary: str = "teleport − plain"
+
+
+TELEPORT = ("teleport", STEPS)
+BOTH = "published", "best"
+EVERY = tuple(range(1000))  # epoch
+STUDIES = {
+    "published": Study(
+        {
+            "plain": Arm(),
+            "kept": Arm(TELEPORT),
+            "teleport": Arm(TELEPORT, renewed=True),
+            "reset": Arm(("stay", 0), renewed=True),
+            "random": Arm(("random", 0), renewed=True),
+        }
+    ),
+    "lr": Study(
+        {"plain": Arm(), "kept": Arm(TELEPORT), "teleport": Arm(TELEPORT, renewed=True)},
+        ("all",),
+        "kept − plain",
+    ),
+    "action": Study(
+        {
+            "plain": Arm(),
+            "pseudoinverse": Arm(TELEPORT),
+            "random": Arm(("random", 0)),
+            "level set": Arm(("level set", STEPS)),
+            "gradient step": Arm(("gradient step", 0)),
+            **{f"rescaling × {factor}": Arm(("rescale", factor)) for factor in (1.1, 1.5, 2)},
+        },
+        BOTH,
+        "rescaling × 2 − plain",
+    ),
+    "when": Study(
+        {
+            "plain": Arm(),
+            **{f"epoch {epoch}": Arm(TELEPORT, epochs=(epoch,)) for epoch in (0, 1, 2, 5, 10, 20)},
+            "every epoch": Arm(TELEPORT, epochs=EVERY),
+        },
+        BOTH,
+        "every epoch − plain",
+    ),
+    "how-far": Study(
+        {"plain": Arm(), **{f"{n} steps": Arm(("teleport", n)) for n in (1, 10, 100, 1000)}},
+        BOTH,
+        "100 steps − plain",
+    ),
+    "how-often": Study(
+        {
+            "plain": Arm(),
+            **{f"{n} mini-batches": Arm(TELEPORT, moves=n) for n in (1, 8, 64)},
+            "every 10th of an epoch": Arm(TELEPORT, epochs=EVERY, moves=10, apart=250),
+        },
+        BOTH,
+        "every 10th of an epoch − plain",
+    ),
+}
 CURVES = ("train_loss", "test_loss", "test_accuracy")
-EPOCHS_SHOWN = (5, 10, 40)  # in the table
-COLOURS = dict(zip(ARMS, (plots.BLACK, plots.GREEN, plots.BLUE, plots.ORANGE, plots.GREY)))
+EPOCHS_SHOWN = (1, 5, 10, 40)  # in the table
+PALETTE = (plots.BLACK, plots.GREEN, plots.BLUE, plots.ORANGE, plots.GREY)
+PALETTE += (plots.RED, plots.PURPLE, plots.SKY)
 
 
 # Computation
 
 
-@torch.no_grad()
-def move(weights, arms, data, k, lr):
-    """Give each arm of a stack its k-th move along the orbit, in place.
+class Reference(NamedTuple):
+    """How far the last teleport of a stack went: its group elements, and |w' − w| [runs]."""
 
-    weights: [arms, runs, d_{m+1}, d_m]. Returns for each arm loss and |∇L|² before the move and
-    after it, on the teleport's batch: [arms, 4, runs]; and the seconds of the moves: [arms].
+    group_elements: list
+    length: torch.Tensor
+
+
+def plus(weights, scale, direction):
+    """Return weights + scale · direction; scale: [runs]."""
+    return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
+
+
+def gradient_step(weights, x, y, length):
+    """Return the weights after a step down the gradient of the batch's loss, of a length [runs]."""
+
+    def loss(weights):
+        return models.cross_entropy(weights, x, y, ACTIVATION)
+
+    gradient = value_and_gradient(loss, weights)[1]
+    return plus(weights, -length / inner_product(gradient, gradient).sqrt(), gradient)
+
+
+def rescale(weights, x, y, factor):
+    """Return the weights rescaled until |∇L|² has grown by a factor, or 100 steps were taken."""
+
+    def objective(weights):
+        return loss_and_gradient_norm_squared(weights, x, y, ACTIVATION)[1]
+
+    target = factor * objective(weights)
+    return ascend_to(target, objective, weights, x, LENGTH, 100, ACTIVATION, action=RESCALING)[0]
+
+
+# (weights, x, y, amount, reference, rng) -> new weights; random, level set and gradient step go as
+# far as the reference; the factor of `rescale` is that of all TELEPORTS moves together
+MOVES = {
+    "stay": lambda weights, *_: weights,
+    "random": lambda weights, x, y, _, reference, rng: act(
+        weights, x, random_group_elements(reference.group_elements, rng), ACTIVATION
+    ),
+    "level set": lambda weights, x, y, steps, reference, _: level_set_ascent(
+        weights, x, y, reference.length / steps, steps, ACTIVATION
+    )[0],
+    "gradient step": lambda weights, x, y, _, reference, __: gradient_step(
+        weights, x, y, reference.length
+    ),
+    "rescale": lambda weights, x, y, factor, *_: rescale(weights, x, y, factor ** (1 / TELEPORTS)),
+}
+
+
+@torch.no_grad()
+def move_arm(arm, weights, x, y, k, ascent_lr, reference):
+    """Return the weights after an arm's k-th move, and the reference from then on."""
+    name, amount = arm.move
+    if name != "teleport":
+        rng = torch.Generator().manual_seed(models.SEED + k)
+        return MOVES[name](weights, x, y, amount, reference, rng), reference
+    new, path = teleport(weights, x, y, ascent_lr, amount, ACTIVATION, CAP, return_path=True)
+    way = [a - b for a, b in zip(new, weights)]
+    return new, Reference(path["group_elements"], inner_product(way, way).sqrt())
+
+
+def moments(arm, experiment, epochs, images):
+    """Return when an arm moves within so many epochs of images: a list of (epoch, mini-batch)."""
+    chosen = [experiment.epoch] if arm.epochs is None else arm.epochs
+    last = -(-images // models.BATCH)
+    at = [arm.apart * k for k in range(arm.moves if arm.move else 0) if arm.apart * k < last]
+    return [(epoch, batch) for epoch in chosen if epoch < epochs for batch in at]
+
+
+@torch.no_grad()
+def move(weights, stack, due, data, ascent_lr):
+    """Give each arm of a stack that is due its move, in place.
+
+    weights: [arms, runs, d_{m+1}, d_m]; due: {arm's name: k} where it makes its k-th move. Returns
+    for each arm loss and |∇L|² before and after, on the move's batch, and the change of the test
+    loss at the first move, else nan: [arms, 5, runs]; and the seconds of the moves: [arms].
     """
-    x, y = shuffled_batch(data, TELEPORT_BATCH, k)
-    group_elements, measured, seconds = None, [], []
-    for i, arm in enumerate(arms):
-        new = own = [w[i].clone() for w in weights]
+    measured = torch.full((len(stack), 5, weights[0].shape[1]), torch.nan, device=weights[0].device)
+    seconds, reference = torch.zeros(len(stack)), None
+    for i, (name, arm) in enumerate(stack.items()):
+        if name not in due:
+            continue
+        k, own = due[name], [w[i].clone() for w in weights]
+        x, y = shuffled_batch(data, TELEPORT_BATCH, k)
         start = time.perf_counter()
-        if arm in ("teleport", "kept"):
-            new, path = teleport(own, x, y, lr, STEPS, ACTIVATION, CAP, return_path=True)
-            group_elements = path["group_elements"]
-        elif arm == "random":
-            rng = torch.Generator().manual_seed(models.SEED + k)
-            new = act(own, x, random_group_elements(group_elements, rng), ACTIVATION)
-        seconds.append(time.perf_counter() - start)
+        new, reference = move_arm(arm, own, x, y, k, ascent_lr, reference)
+        seconds[i] = time.perf_counter() - start
         for w, moved in zip(weights, new):
             w[i] = moved
         before, after = (loss_and_gradient_norm_squared(w, x, y, ACTIVATION) for w in (own, new))
-        measured.append(torch.stack([*before, *after]))
-    return torch.stack(measured), torch.tensor(seconds)
+        measured[i, :4] = torch.stack([*before, *after])
+        if k == 0:
+            then, now = (
+                models.evaluate(w, data.x_test, data.y_test, ACTIVATION)[0] for w in (own, new)
+            )
+            measured[i, 4] = now - then
+    return measured, seconds
+
+
+def stacks_of(study):
+    """Return the arms of a study in stacks, dicts like its arms: those that share an optimizer.
+
+    Where moves are followed by a new optimizer, the arms of a stack move at the same moments.
+    """
+    stacks = {}
+    for name, arm in study.arms.items():
+        stacks.setdefault(arm.renewed and arm[1:], {})[name] = arm
+    return list(stacks.values())
 
 
 def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
     """Train the arms of a stack with an optimizer; resume from `path`.
 
     Returns the arrays saved there: the CURVES [epochs, arms, runs]; seconds [epochs] of training,
-    without the moves; `moves` [TELEPORTS, arms, 4, runs] and move_seconds [arms], of all moves of
-    an arm, as `move` measures them; the weights and the optimizer's state. Raises UserError where
-    a loss is not finite or a teleport meets a matrix that it can't invert.
+    without the moves; move_seconds [epochs, arms]; `moves` [moments, arms, 5, runs], as `move`
+    measures them; the weights and the optimizer's state. Raises UserError where a loss is not
+    finite or a teleport meets a matrix that it can't invert.
     """
-    arms, device = STACKS[stack], data.x_train.device
+    device, renewed = data.x_train.device, next(iter(stack.values())).renewed
+    due = {}  # (epoch, mini-batch): {arm: k}
+    for name, arm in stack.items():
+        for k, moment in enumerate(moments(arm, experiment, epochs, len(data.x_train))):
+            due.setdefault(moment, {})[name] = k
 
     def start():
-        weights = models.init_weights(
-            models.TRAINING[data.name].widths, models.run_seeds(range(runs))
-        )
-        return models.to_arrays(w.expand(len(arms), *w.shape) for w in weights)
+        seeds = models.run_seeds(range(runs))
+        weights = models.init_weights(models.TRAINING[data.name].widths, seeds)
+        moves = np.empty((0, len(stack), 5, runs), np.float32)
+        return models.to_arrays(w.expand(len(stack), *w.shape) for w in weights) | {"moves": moves}
 
     def step(state):
         epoch, begin = int(state["steps"]), time.perf_counter()
         model = models.MLP(models.from_arrays(state, device), ACTIVATION)
-        optimizer = experiment.optimizer(model.parameters())
+        optimizer = experiment.optimizer(model.parameters(), experiment.lr)
         models.optimizer_from_arrays(optimizer, state)
+        seconds = torch.zeros(len(stack))
 
         def train_rows(rows):
             return models.train_epoch(model, data.x_train[rows], data.y_train[rows], optimizer)
 
-        def move_all(k):
-            nonlocal optimizer
-            moved = move(model.weights, arms, data, k, experiment.lr)
-            if stack == "rebuilt":
-                optimizer = experiment.optimizer(model.parameters())
-            return moved
+        def move_all(batch):
+            nonlocal optimizer, seconds
+            moved = move(model.weights, stack, due[epoch, batch], data, experiment.ascent_lr)
+            seconds = seconds + moved[1]
+            if renewed:
+                optimizer = experiment.optimizer(model.parameters(), experiment.lr)
+            return moved[0]
 
-        moves = TELEPORTS if epoch == experiment.epoch else 0
+        at = {batch for e, batch in due if e == epoch}
         try:
-            loss, moved = models.epoch_with_moves(len(data.x_train), moves, move_all, train_rows)
+            loss, moved = models.epoch_with_moves(len(data.x_train), at, move_all, train_rows)
         except (FloatingPointError, ValueError) as error:
             raise files.UserError(f"{path.stem}, epoch {epoch}: {error}.") from None
-        seconds = time.perf_counter() - begin
-        if moves:
-            state["moves"], move_seconds = (torch.stack(column) for column in zip(*moved))
-            state["move_seconds"] = move_seconds.sum(0)
-            seconds -= float(move_seconds.sum())
+        if moved:
+            moved = files.as_arrays({"moves": torch.stack(moved)})["moves"]
+            state["moves"] = np.concatenate([state["moves"], moved])
+        training = time.perf_counter() - begin - float(seconds.sum())
         test = models.evaluate(list(model.weights), data.x_test, data.y_test, ACTIVATION)
-        state = files.appended(state, seconds=seconds, **dict(zip(CURVES, (loss, *test))))
+        state = files.appended(
+            state, seconds=training, move_seconds=seconds, **dict(zip(CURVES, (loss, *test)))
+        )
         return state | models.to_arrays(model.weights) | models.optimizer_to_arrays(optimizer)
 
     return files.resume(path, settings, start, step, epochs, bar)
 
 
-def log(optimizer, stack, args):
-    """Return the path of a stack's training in logs/ and the settings that it is made with."""
+def parts_of(study, dataset, optimizers):
+    """Return the parts of a study: a dataset, an optimizer, and a rate if not the published."""
+    parts = []
+    for name in optimizers:
+        known = {
+            "published": [1.0],
+            "best": [EXPERIMENTS[name].best],
+            "all": EXPERIMENTS[name].rates,
+        }
+        rates = sorted({rate for key in study.rates for rate in known[key]})
+        parts += [f"{dataset}_{name}" + (f"_{rate:g}" if rate != 1 else "") for rate in rates]
+    return parts
+
+
+def experiment_of(part):
+    """Return the dataset, the name of the optimizer and the Experiment, at its rate, of a part."""
+    dataset, optimizer, *rate = part.split("_")
     experiment = EXPERIMENTS[optimizer]
-    like = experiment.optimizer([torch.zeros(1, requires_grad=True)])
-    settings = dict(dataset=args.dataset, sample=args.sample, stack=stack, runs=args.runs)
+    return dataset, optimizer, experiment._replace(lr=experiment.lr * float(*rate or [1]))
+
+
+def log(part, stack, args):
+    """Return the path of a stack's training in logs/ and the settings that it is made with."""
+    dataset, optimizer, experiment = experiment_of(part)
+    like = experiment.optimizer([torch.zeros(1, requires_grad=True)], experiment.lr)
+    settings = dict(dataset=dataset, sample=args.sample, arms=stack, runs=args.runs)
     settings |= dict(epochs=args.epochs, device=args.device.type, seed=models.SEED)
     settings |= dict(activation=str(ACTIVATION))
     settings |= dict(
-        widths=models.TRAINING[args.dataset].widths,
+        widths=models.TRAINING[dataset].widths,
         batch=models.BATCH,
         optimizer=[optimizer, type(like).__name__, like.defaults],
-        teleport=[experiment.epoch, experiment.lr, TELEPORTS, STEPS, CAP, TELEPORT_BATCH],
+        teleport=[experiment.epoch, experiment.ascent_lr, CAP, TELEPORT_BATCH, LENGTH],
     )
-    folder = args.output / "logs" / "optimization"
-    folder /= f"{args.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
-    return folder / f"{optimizer}-{stack}.npz", settings
+    folder = args.output / "logs" / "optimization" / args.study
+    folder /= f"{dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
+    return folder / f"{part.partition('_')[2]}-{next(iter(stack))}.npz", settings
 
 
 def compute(args):
     """Do this rank's share of what logs/ lacks; the unit is a stack with an optimizer."""
-    data = load_data(args.dataset, args)
-    units = [(optimizer, stack) for optimizer in args.optimizer for stack in STACKS]
-    for optimizer, stack in launch.share_of_rank(units):
-        experiment, (path, settings) = EXPERIMENTS[optimizer], log(optimizer, stack, args)
-        desc = f"{TITLES[args.dataset]}, {optimizer}, {stack}"
-        with launch.progress_bar(args.epochs, "epoch", desc) as bar:
-            train_stack(data, experiment, stack, args.runs, args.epochs, path, settings, bar)
+    data, study = load_data(args.dataset, args), STUDIES[args.study]
+    parts = parts_of(study, args.dataset, args.optimizer)
+    units = [(part, stack) for part in parts for stack in stacks_of(study)]
+    for part, stack in launch.share_of_rank(units):
+        path, settings = log(part, stack, args)
+        with launch.progress_bar(args.epochs, "epoch", f"{title(part)}: {', '.join(stack)}") as bar:
+            train_stack(
+                data, experiment_of(part)[2], stack, args.runs, args.epochs, path, settings, bar
+            )
 
 
 def collect(part, args):
-    """Return an optimizer's results over all ARMS, their settings and the log they are from.
+    """Return the results of a part over all arms of its study, their settings and their log.
 
-    They are the CURVES [epochs, arms, runs], moves [TELEPORTS, arms, 4, runs], move_seconds [arms],
-    and seconds [epochs, arms], at which an arm's runs, trained as one stack, end each epoch.
+    They are the CURVES [epochs, arms, runs]; moves [most moves of an arm, arms, 5, runs], nan where
+    an arm has fewer; move_seconds [arms]; and seconds [epochs, arms], at which an arm's runs,
+    trained as one stack, end each epoch.
     """
-    optimizer = part.split("_")[1]
-    logs = [log(optimizer, stack, args) for stack in STACKS]
+    arms = list(STUDIES[args.study].arms)
+    stacks = stacks_of(STUDIES[args.study])
+    logs = [log(part, stack, args) for stack in stacks]
     states = [files.load_steps(*entry, args.epochs) for entry in logs]
-    results = {
-        key: np.concatenate([state[key] for state in states], axis=1) for key in (*CURVES, "moves")
-    }
-    results["move_seconds"] = np.concatenate([state["move_seconds"] for state in states])
+    order = [[name for stack in stacks for name in stack].index(arm) for arm in arms]
+    results = {key: np.concatenate([s[key] for s in states], 1)[:, order] for key in CURVES}
+    # an arm's own moves first: arms of a stack need not move at the same moments
+    moves = [m[~np.isnan(m[:, 0, 0])] for s in states for m in s["moves"].swapaxes(0, 1)]
+    most = max(map(len, moves))
+    moves = [np.pad(m, ((0, most - len(m)), *2 * [(0, 0)]), constant_values=np.nan) for m in moves]
+    results["moves"] = np.stack(moves, 1)[:, order]
+    moved = np.concatenate([s["move_seconds"] for s in states], 1)[:, order].cumsum(0)
+    results["move_seconds"] = moved[-1]
     # all arms together take so long: each has an equal share, and its own moves' seconds
-    training = sum(state["seconds"] for state in states).cumsum()[:, None] / len(ARMS)
-    moved = np.arange(args.epochs)[:, None] >= EXPERIMENTS[optimizer].epoch
-    results["seconds"] = training + moved * results["move_seconds"]
+    training = sum(state["seconds"] for state in states).cumsum()[:, None] / len(arms)
+    results["seconds"] = training + moved
     path, settings = logs[0]
-    return settings, {"arms": ARMS} | results, path
+    settings = settings | {"arms": STUDIES[args.study].arms, "lr": experiment_of(part)[2].lr}
+    return settings, {"arms": arms} | results, path
 
 
 # Statistics
@@ -214,32 +427,50 @@ def reach(test_loss, seconds, target):
     }
 
 
-def summarise(_, results):
-    """Return what summary.json says of an optimizer.
+def summarise(part, results):
+    """Return what summary.json says of a part.
 
-    That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of the arms in
-    PAIRS, and for each arm when it reaches plain's final test loss, and what its moves do and cost.
+    That is plain's mean test loss at the epochs EPOCHS_SHOWN, how many runs of each arm diverged,
+    the paired differences of the arms from plain, and for each arm when it reaches plain's final
+    test loss, and what its moves do and cost.
     """
-    loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
+    names = list(results["arms"])
+    loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(names)}
     epochs = sorted({min(epoch, len(loss["plain"])) for epoch in EPOCHS_SHOWN})
     arms = {}
-    for i, arm in enumerate(ARMS):
-        before_loss, before_norm, after_loss, after_norm = results["moves"][:, i].swapaxes(0, 1)
+    for i, arm in enumerate(names):
+        moves, at_once = results["moves"][:, i, :4], results["moves"][:1, i, 4:]
+        moves = moves[~np.isnan(moves[:, 0, 0])]
+        before_loss, before_norm, after_loss, after_norm = moves.swapaxes(0, 1)
         arms[arm] = {
             "reaches": reach(loss[arm], results["seconds"][:, i], loss["plain"][-1]),
             "seconds_of_moves": results["move_seconds"][i],
-            "mean_change_of_loss": (after_loss - before_loss).mean(),
-            "mean_growth_of_gradient_norm_squared": (after_norm / before_norm).mean(),
+            "moves": len(moves),
+            "mean_change_of_loss": (after_loss - before_loss).mean() if len(moves) else 0.0,
+            "mean_growth_of_gradient_norm_squared": (
+                (after_norm / before_norm).mean() if len(moves) else 1.0
+            ),
+            "change_of_test_loss_at_first": at_once.mean() if at_once.size else None,
         }
-    plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in epochs}
-    differences = statistics.compare_arms(loss, PAIRS, epochs)
-    return {"plain": plain, "differences": differences, "arms": arms}
+    pairs = [(arm, "plain") for arm in names[1:]] + [("teleport", "reset")] * ("reset" in names)
+    plain = {epoch: np.nanmean(loss["plain"][epoch - 1], dtype=float) for epoch in epochs}
+    return {
+        "lr": experiment_of(part)[2].lr,
+        "plain": plain,
+        "differences": statistics.compare_arms(loss, pairs, epochs),
+        "arms": arms,
+    }
 
 
 def title(part):
-    """Return the dataset and the optimizer of a part as text."""
-    dataset, optimizer = part.split("_")
-    return f"{TITLES[dataset]}, {optimizer}"
+    """Return the dataset, the optimizer and the learning rate of a part as text."""
+    dataset, optimizer, experiment = experiment_of(part)
+    return f"{TITLES[dataset]}, {optimizer}, lr {experiment.lr:g}"
+
+
+def cell(value, form):
+    """Return a number as a table's cell; – where there is none."""
+    return "–" if value is None or np.isnan(value) else format(value, form).replace("-", "−")
 
 
 def table(summaries):
@@ -248,14 +479,46 @@ def table(summaries):
     for part, summary in summaries.items():
         tables.append(plots.difference_table(title(part), summary["plain"], summary["differences"]))
         for arm, entry in summary["arms"].items():
-            reached = [str(value) for value in entry["reaches"].values()]
-            growth = f"{100 * (entry['mean_growth_of_gradient_norm_squared'] - 1):+.1f} %"
-            change = f"{1e3 * entry['mean_change_of_loss']:+.2f}"
-            moves = [f"{entry['seconds_of_moves']:.2f}", change, growth]
-            rows.append([title(part), arm, *reached, *(cell.replace("-", "−") for cell in moves)])
-    header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s"]
-    header += ["all moves, s", "change of loss in a move, 10⁻³", "growth of the gradient norm²"]
+            at_once = entry["change_of_test_loss_at_first"]
+            rows.append(
+                [
+                    title(part),
+                    arm,
+                    *(str(value) for value in entry["reaches"].values()),
+                    cell(entry["seconds_of_moves"], ".2f"),
+                    cell(1e3 * entry["mean_change_of_loss"], "+.2f"),
+                    cell(at_once and 1e3 * at_once, "+.2f"),
+                    cell(100 * (entry["mean_growth_of_gradient_norm_squared"] - 1), "+.1f") + " %",
+                ]
+            )
+    header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s", "all moves, s"]
+    header += ["change of the batch's loss in a move, 10⁻³", "of the test loss in the first"]
+    header += ["growth of the gradient norm²"]
     return "\n".join([*tables, plots.markdown(header, rows)])
+
+
+def rate_table(summaries):
+    """Return the differences at all learning rates, those at plain's best marked, as Markdown."""
+    rows, last = [], 0
+    for part, summary in summaries.items():
+        epochs = list(summary["plain"])[-2:]
+        best = best_rate(summaries, part) == part
+        row = [title(part) + " (best)" * best]
+        for epoch in epochs:
+            row.append(cell(summary["plain"][epoch], ".3f"))
+            row += [plots.interval_text(d[epoch]) for d in summary["differences"].values()]
+        rows.append(row)
+        last = epochs
+    names = list(summary["differences"])
+    header = ["test loss; differences in 10⁻³"]
+    header += [text for e in last for text in (f"plain, epoch {e}", *(f"{n}, {e}" for n in names))]
+    return plots.markdown(header, rows)
+
+
+def best_rate(summaries, part):
+    """Return the part with plain's lowest final test loss among those of a part's optimizer."""
+    same = [other for other in summaries if experiment_of(other)[:2] == experiment_of(part)[:2]]
+    return min(same, key=lambda other: list(summaries[other]["plain"].values())[-1])
 
 
 # Figures
@@ -266,7 +529,8 @@ def draw_losses(results, against, title, path):
     axes = Figure(figsize=(4.2, 3.2)).add_subplot(title=title, ylabel="loss")
     plots.plain_log_axis(axes, "y")
     for arm in ("plain", "teleport"):
-        i, colour = ARMS.index(arm), COLOURS[arm]
+        i = list(results["arms"]).index(arm)
+        colour = PALETTE[i]
         x = (
             results["seconds"][:, i]
             if against == "time"
@@ -287,11 +551,12 @@ def draw_moves(results, title, path):
     figure = Figure(figsize=(8.4, 3.2))
     for axes, quantity, label in zip(figure.subplots(1, 2), (1, 0), (r"$|\nabla L|^2$", "loss")):
         for arm in ("teleport", "kept", "random"):
-            values = results["moves"][:, ARMS.index(arm)].mean(-1)  # [teleports, 4]
+            i = list(results["arms"]).index(arm)
+            values = results["moves"][:, i].mean(-1)  # [teleports, 4 or 5]
             # each teleport is a line from before to after; the batch and SGD's step lie between
             for k, (before, after) in enumerate(values[:, [quantity, quantity + 2]]):
                 label_once = {"label": arm} if k == 0 else {}
-                axes.plot([k + 1, k + 1.6], [before, after], ".-", color=COLOURS[arm], **label_once)
+                axes.plot([k + 1, k + 1.6], [before, after], ".-", color=PALETTE[i], **label_once)
         axes.set(xlabel="teleport, before and after", ylabel=label, title=title)
         axes.set_xticks(range(1, TELEPORTS + 1))
         if quantity == 1:
@@ -302,14 +567,38 @@ def draw_moves(results, title, path):
 
 
 def draw(part, results, _, folder):
-    """Draw an optimizer's figures."""
-    for against in ("epoch", "time"):
-        draw_losses(results, against, title(part), folder / f"{part}_loss_vs_{against}")
-    loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
-    arms = {arm: (COLOURS[arm], None, loss[arm]) for arm in ARMS}
+    """Draw the figures of a part; Figures 5 and 13 where it has their arms."""
+    names = list(results["arms"])
+    if "reset" in names:
+        for against in ("epoch", "time"):
+            draw_losses(results, against, title(part), folder / f"{part}_loss_vs_{against}")
+        draw_moves(results, title(part), folder / f"{part}_teleports")
+    loss = results["test_loss"].swapaxes(0, 1)
+    arms = {arm: (PALETTE[i], None, loss[i]) for i, arm in enumerate(names)}
     epochs = 1 + np.arange(len(results["seconds"]))
-    plots.draw_arms(folder / f"{part}_arms", title(part), epochs, arms, loss["plain"])
-    draw_moves(results, title(part), folder / f"{part}_teleports")
+    plots.draw_arms(folder / f"{part}_arms", title(part), epochs, arms, loss[0])
+
+
+def draw_rates(part, results, _, folder):
+    """Draw an optimizer's test loss against the learning rate, with its last part."""
+    dataset, optimizer, _ = experiment_of(part)
+    parts = parts_of(STUDIES["lr"], dataset, [optimizer])
+    found = {p: files.read(folder / f"{p}.npz") for p in parts}
+    if part != parts[-1] or None in found.values():
+        return
+    figure = Figure(figsize=(8.4, 3.2))
+    rates = [experiment_of(p)[2].lr for p in parts]
+    epochs = sorted({min(epoch, len(results["test_loss"])) for epoch in EPOCHS_SHOWN})[-2:]
+    for axes, epoch in zip(figure.subplots(1, len(epochs), squeeze=False)[0], epochs):
+        for i, arm in enumerate(results["arms"]):
+            values = np.stack([r.arrays["test_loss"][epoch - 1, i] for r in found.values()])
+            plots.plot_mean(axes, rates, values, color=PALETTE[i], marker="osD"[i], ms=4, label=arm)
+        axes.set(xlabel="learning rate", ylabel="test loss", xscale="log")
+        axes.set_title(f"{TITLES[dataset]}, {optimizer}, epoch {epoch}")
+        plots.plain_log_axis(axes, "y")
+    plots.legend_beside(axes)
+    figure.tight_layout()
+    plots.save_figure(figure, folder / f"{dataset}_{optimizer}_rates")
 
 
 # Options
@@ -318,6 +607,7 @@ def draw(part, results, _, folder):
 def parse_arguments():
     parser = launch.experiment_parser(__doc__)
     add, names, at_least = parser.add_argument, list(EXPERIMENTS), launch.at_least
+    add("--study", choices=STUDIES, default="published", help="which arms and learning rates")
     add("--dataset", choices=models.TRAINING, default="MNIST", help="which dataset")
     add("--optimizer", nargs="+", choices=names, default=names, help="which optimizers")
     add("--runs", type=at_least(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
@@ -327,10 +617,12 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    folder = launch.figures_folder(args, "optimization", DEFAULTS)
-    parts = [f"{dataset}_{optimizer}" for dataset in models.TRAINING for optimizer in EXPERIMENTS]
-    asked = [f"{args.dataset}_{optimizer}" for optimizer in args.optimizer]
-    launch.compute_and_report(args, folder, parts, asked, compute, collect, summarise, table, draw)
+    study, name = STUDIES[args.study], f"-{args.study}" * (args.study != "published")
+    folder = launch.figures_folder(args, f"optimization{name}", DEFAULTS)
+    parts = [part for data in models.TRAINING for part in parts_of(study, data, EXPERIMENTS)]
+    asked = parts_of(study, args.dataset, args.optimizer)
+    made = (rate_table, draw_rates) if args.study == "lr" else (table, draw)
+    launch.compute_and_report(args, folder, parts, asked, compute, collect, summarise, *made)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,9 @@ def train(data, experiment, runs, path, settings):
             return loss
 
         try:
-            loss, moved = models.epoch_with_moves(len(data.x_train), moves, move_all, train_rows)
+            loss, moved = models.epoch_with_moves(
+                len(data.x_train), range(moves), move_all, train_rows
+            )
         except ValueError as error:
             raise files.UserError(f"{data.name}, epoch {epoch}: {error}.") from None
         if moves:
