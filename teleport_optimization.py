@@ -15,8 +15,8 @@ The published code also builds a new optimizer there, which empties its state. S
     random      moves as long as the teleports', in a random direction of the orbit; new optimizer
 
 STUDIES have others. Arms train side by side, as one stack where they share an optimizer. Training
-goes to logs/optimization/; an interrupted run goes on from there. The curves of each arm and run are in
-figures/optimization/<dataset>_<optimizer>.npz, and a study's in figures/optimization-<study>/.
+goes to logs/optimization/; an interrupted run goes on from there. The curves of each arm and run
+are in figures/optimization/<dataset>_<optimizer>.npz; a study's, in figures/optimization-<study>.
 """
 
 import time
@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
     optimizer: Callable  # of the parameters and lr
     lr: float
     rates: tuple  # factors of it in the study lr
-    best: float  # the factor at which plain's test loss after 40 epochs is lowest there
+    best: float  # that of plain's lowest test loss there; 1 as long as that has not been run
     epoch: int  # index of the epoch that begins with teleports
     ascent_lr: float  # of the ascent on T
 
@@ -168,11 +168,6 @@ class Reference(NamedTuple):
     length: torch.Tensor
 
 
-def plus(weights, scale, direction):
-    """Return weights + scale · direction; scale: [runs]."""
-    return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
-
-
 def gradient_step(weights, x, y, length):
     """Return the weights after a step down the gradient of the batch's loss, of a length [runs]."""
 
@@ -180,7 +175,8 @@ def gradient_step(weights, x, y, length):
         return models.cross_entropy(weights, x, y, ACTIVATION)
 
     gradient = value_and_gradient(loss, weights)[1]
-    return plus(weights, -length / inner_product(gradient, gradient).sqrt(), gradient)
+    scale = (length / inner_product(gradient, gradient).sqrt())[..., None, None]
+    return [w - scale * g for w, g in zip(weights, gradient)]
 
 
 def rescale(weights, x, y, factor):
@@ -193,8 +189,8 @@ def rescale(weights, x, y, factor):
     return ascend_to(target, objective, weights, x, LENGTH, 100, ACTIVATION, action=RESCALING)[0]
 
 
-# (weights, x, y, amount, reference, rng) -> new weights; random, level set and gradient step go as
-# far as the reference; the factor of `rescale` is that of all TELEPORTS moves together
+# (weights, x, y, amount, reference, rng) -> new weights. Random, level set and gradient step go as
+# far as the reference; the factor of `rescale` is that of all TELEPORTS moves together.
 MOVES = {
     "stay": lambda weights, *_: weights,
     "random": lambda weights, x, y, _, reference, rng: act(
