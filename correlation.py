@@ -37,11 +37,8 @@ from teleportation import (
 
 DEFAULTS = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}  # as published
 SAMPLE_DEFAULTS = DEFAULTS | {"batches": 20}
-RUNS_PER_STACK = {
-    "MNIST": 50,
-    "FashionMNIST": 50,
-    "CIFAR10": 25,
-}  # runs that fit a CPU's caches as one
+# runs that fit a CPU's caches as one
+RUNS_PER_STACK = {"MNIST": 50, "FashionMNIST": 50, "CIFAR10": 25}
 ACTIVATION = models.LeakyReLU()
 ESTIMATION_BATCH = 200  # training images in each batch that φ and ψ are estimated on
 SAVE_EVERY = 20  # batches of the estimators

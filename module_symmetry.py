@@ -67,13 +67,15 @@ def groups_of_sequence(layers):
 
     Batch norm normalises away what is before it: there its own affine parameters are V.
     """
-    groups, V, size, action = [], [], 0, None
+    groups, V, size, action, spatial = [], [], 0, None, True
     for prefix, layer in layers:
         if isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and getattr(layer, "groups", 1) == 1:
-            if V and layer.weight.shape[1] % size == 0:
+            fan_in = layer.weight.shape[1]
+            if V and (fan_in == size or spatial and fan_in % size == 0):
                 groups.append(Group(action, size, V, axes(layer, prefix, ("weight", 1))))
             V, size = axes(layer, prefix, *MADE), len(layer.weight)
-            action = LINEAR if isinstance(layer, nn.Linear) else RESCALING
+            spatial = not isinstance(layer, nn.Linear)  # after nn.Flatten a unit has its pixels
+            action = RESCALING if spatial else LINEAR
         elif isinstance(layer, BATCH_NORMS):
             V, size, action = axes(layer, prefix, *MADE), layer.num_features, RESCALING
         elif isinstance(layer, HOMOGENEOUS):
@@ -189,15 +191,15 @@ def check_axes(parameters, symmetry):
 def outputs(model, parameters, inputs):
     """Return model(*inputs) at other parameters; inputs: a tensor or a tuple.
 
-    Buffers and the random state stay as they are: dropout takes the masks of seed 0. Attention
-    takes the kernel that has second derivatives.
+    Of a tuple of outputs the first counts. Buffers and the random state stay as they are: dropout
+    takes the masks of seed 0. Attention takes the kernel that has second derivatives.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = {p.device for p in parameters.values() if p.is_cuda}
-    with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(0)
-        return functional_call(model, {**parameters, **buffers}, inputs)
+        found = functional_call(model, {**parameters, **buffers}, inputs)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def change(model, parameters, inputs, reference):
@@ -206,8 +208,8 @@ def change(model, parameters, inputs, reference):
     The bound is what rounding may do: eps^0.6 is 4e-10 in double, 7e-5 in single precision.
     """
     difference = (outputs(model, parameters, inputs) - reference).abs().max()
-    relative = float(difference / reference.abs().max())
-    return relative, torch.finfo(reference.dtype).eps ** 0.6
+    info = torch.finfo(reference.dtype)
+    return float(difference / reference.abs().max().clamp(min=info.tiny)), info.eps**0.6
 
 
 def random_elements(symmetry, lengths, generator):
@@ -266,7 +268,7 @@ def gradient_norm(model, loss, inputs, targets):
 def mean_perturbed_loss(model, loss, inputs, targets, radii, seed=0):
     """Return the objective φ (Eq. 4) of the parameters, one direction of the sphere a radius.
 
-    Every evaluation takes the same directions, those of `seed`.
+    Every evaluation takes the same directions, those of `seed`, over all parameters.
     """
 
     def objective(parameters):
@@ -348,13 +350,16 @@ def moved_state(optimizer, model, symmetry, elements):
 
     A gradient is acted on by g^{-T} where weights are by g, hence so is a mean of past gradients.
     A mean of squares is acted on by the squares under RESCALING; under LINEAR, which mixes units,
-    squares have no image and stay. Raises ValueError for state of another kind.
+    squares have no image and stay. RMSprop's momentum, of gradients over their roots, stays too.
+    Raises ValueError for state of another kind.
     """
     names = dict(model.named_parameters())
     states = {name: optimizer.state.get(p, {}) for name, p in names.items()}
     found = {key for n, s in states.items() for key, v in s.items() if is_like(v, names[n])}
     if found - POWERS.keys():
         raise ValueError(f"no rule moves the state {sorted(found - POWERS.keys())} of an optimizer")
+    if isinstance(optimizer, torch.optim.RMSprop):
+        found -= {"momentum_buffer"}
     moved = []
     for key in found:
         old = {n: states[n].get(key, torch.zeros_like(p)) for n, p in names.items()}

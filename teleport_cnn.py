@@ -38,9 +38,8 @@ IMAGES = 10_000  # for training, and as many for validation
 BATCH = 50
 EPOCH, TELEPORTS, TELEPORT_BATCH = 1, 8, 100  # index of the epoch; how many in it; images of each
 LR, STEPS, MAX_NORM = 1.0, 10, 0.1  # of the ascent on T in each teleport
-GROWTH = (
-    1.2  # a teleport ends where |∇L|², which has no bound along rescalings, grew by this factor
-)
+# a teleport ends where |∇L|², which has no bound along rescalings, has grown by this factor
+GROWTH = 1.2
 DEFAULTS = {"runs": 10, "epochs": 10}
 ARMS = {"plain": plots.BLACK, "teleport": plots.GREEN, "random": plots.GREY}
 PAIRS = [("teleport", "plain"), ("random", "plain"), ("teleport", "random")]
