@@ -119,6 +119,13 @@ def test_numbers_in_the_readme_are_those_of_the_summaries():
         mean, low, high = (f"{last[key]:+.3f}".replace("-", "−") for key in ("mean", "low", "high"))
         assert f"{mean} [{low}, {high}] with {name}" in README
         assert last["low"] < 0 < last["high"]
+    learned = json.loads((ROOT / "learn-to-teleport/figures/summary.json").read_text("utf-8"))
+    for kind, gives in (("lr", "step sizes"), ("update", "updates")):
+        r = learned["results"]["ratios"][f"LSTM({kind},tele) / LSTM({kind})"]
+        median, low = (f"{r[key]:.2f}" for key in ("median", "low"))
+        high = f"{r['high']:.2f}" if r["high"] < 10 else f"{r['high']:.0f}"
+        assert f"{median} [{low}, {high}] ({gives})" in README
+        assert r["low"] < 1 < r["high"] and r["lower"] == "unclear"
     back = summary("displacement")["displacement"]["parabola_back_at_straight_line"]
     assert f"k r = {back['kr']:.2f}" in RESULTS
 
