@@ -400,7 +400,8 @@ def collect(part, args):
     results["seconds"] = training + moved
     path, settings = logs[0]
     settings = settings | {"arms": STUDIES[args.study].arms, "lr": experiment_of(part)[2].lr}
-    return settings, {"arms": arms} | results, path
+    results |= {"arms": arms, "primary": STUDIES[args.study].primary}
+    return settings, results, path
 
 
 # Statistics
@@ -450,10 +451,13 @@ def summarise(part, results):
         }
     pairs = [(arm, "plain") for arm in names[1:]] + [("teleport", "reset")] * ("reset" in names)
     plain = {epoch: np.nanmean(loss["plain"][epoch - 1], dtype=float) for epoch in epochs}
+    differences = statistics.compare_arms(loss, pairs, epochs)
+    if (primary := str(results.get("primary"))) in differences:
+        differences[primary][epochs[-1]]["verdict"] = "(primary)"
     return {
         "lr": experiment_of(part)[2].lr,
         "plain": plain,
-        "differences": statistics.compare_arms(loss, pairs, epochs),
+        "differences": differences,
         "arms": arms,
     }
 

@@ -165,6 +165,9 @@ def test_the_table_says_what_made_up_results_say():
         assert entry["mean_growth_of_gradient_norm_squared"] == pytest.approx(3 if i else 1)
     text = script.table({"MNIST_Adam": summary})
     assert "| MNIST, Adam, lr 0.0001: differences in 10⁻³ | after epoch 1 | after epoch 5 |" in text
+    marked = script.summarise("MNIST_Adam", made_up() | {"primary": np.array("kept − plain")})
+    assert script.table({"MNIST_Adam": marked}).count("−1000.0] (primary) |") == 1
+    assert "(primary)" not in text
     assert "| kept − plain | −1000.0 [−1000.0, −1000.0] |" in text
     assert "| teleport − reset | +1000.0 [" in text
     assert (
