@@ -22,6 +22,7 @@ are in figures/optimization/<dataset>_<optimizer>.npz; a study's, in figures/opt
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from experiment import files, launch, plots, statistics
@@ -36,6 +37,7 @@ from teleportation import (
     RESCALING,
     act,
     ascend_to,
+    gradient_norm_squared,
     inner_product,
     level_set_ascent,
     loss_and_gradient_norm_squared,
@@ -58,14 +60,14 @@ class Experiment(NamedTuple):
     ascent_lr: float  # of the ascent on T
 
 
-SGD, ADAM = torch.optim.SGD, torch.optim.Adam
+SGD = torch.optim.SGD
 SMALL, LARGE = (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0)
 EXPERIMENTS = {
     "SGD": Experiment(SGD, 1e-2, SMALL, 1.0, 2, 1e-4),
     "AdaGrad": Experiment(partial(torch.optim.Adagrad, fused=True), 1e-2, SMALL, 1.0, 2, 1e-4),
     "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, SMALL, 1.0, 0, 5e-2),
     "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, LARGE, 1.0, 0, 5e-2),
-    "Adam": Experiment(partial(ADAM, fused=True), 1e-4, LARGE, 1.0, 0, 5e-2),
+    "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, LARGE, 1.0, 0, 5e-2),
 }
 ACTIVATION = models.LeakyReLU()
 TELEPORTS = 8  # before so many mini-batches, the first of the epoch
@@ -181,10 +183,7 @@ def gradient_step(weights, x, y, length):
 
 def rescale(weights, x, y, factor):
     """Return the weights rescaled until |∇L|² has grown by a factor, or 100 steps were taken."""
-
-    def objective(weights):
-        return loss_and_gradient_norm_squared(weights, x, y, ACTIVATION)[1]
-
+    objective = partial(gradient_norm_squared, x=x, y=y, activation=ACTIVATION)
     target = factor * objective(weights)
     return ascend_to(target, objective, weights, x, LENGTH, 100, ACTIVATION, action=RESCALING)[0]
 
@@ -218,12 +217,16 @@ def move_arm(arm, weights, x, y, k, ascent_lr, reference):
     return new, Reference(path["group_elements"], inner_product(way, way).sqrt())
 
 
-def moments(arm, experiment, epochs, images):
-    """Return when an arm moves within so many epochs of images: a list of (epoch, mini-batch)."""
-    chosen = [experiment.epoch] if arm.epochs is None else arm.epochs
-    last = -(-images // models.BATCH)
-    at = [arm.apart * k for k in range(arm.moves if arm.move else 0) if arm.apart * k < last]
-    return [(epoch, batch) for epoch in chosen if epoch < epochs for batch in at]
+def schedule(stack, experiment, epochs, images):
+    """Return {(epoch, mini-batch): {arm's name: k}}, where arms make their k-th moves."""
+    due, batches = {}, -(-images // models.BATCH)
+    for name, arm in stack.items():
+        chosen = [experiment.epoch] if arm.epochs is None else arm.epochs
+        at = range(0, min(arm.apart * arm.moves, batches) if arm.move else 0, arm.apart)
+        moments = product([epoch for epoch in chosen if epoch < epochs], at)
+        for k, moment in enumerate(moments):
+            due.setdefault(moment, {})[name] = k
+    return due
 
 
 @torch.no_grad()
@@ -276,10 +279,7 @@ def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
     finite or a teleport meets a matrix that it can't invert.
     """
     device, renewed = data.x_train.device, next(iter(stack.values())).renewed
-    due = {}  # (epoch, mini-batch): {arm: k}
-    for name, arm in stack.items():
-        for k, moment in enumerate(moments(arm, experiment, epochs, len(data.x_train))):
-            due.setdefault(moment, {})[name] = k
+    due = schedule(stack, experiment, epochs, len(data.x_train))
 
     def start():
         seeds = models.run_seeds(range(runs))
@@ -311,8 +311,7 @@ def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
         except (FloatingPointError, ValueError) as error:
             raise files.UserError(f"{path.stem}, epoch {epoch}: {error}.") from None
         if moved:
-            moved = files.as_arrays({"moves": torch.stack(moved)})["moves"]
-            state["moves"] = np.concatenate([state["moves"], moved])
+            state["moves"] = np.concatenate([state["moves"], torch.stack(moved).cpu().numpy()])
         training = time.perf_counter() - begin - float(seconds.sum())
         test = models.evaluate(list(model.weights), data.x_test, data.y_test, ACTIVATION)
         state = files.appended(
@@ -427,9 +426,9 @@ def reach(test_loss, seconds, target):
 def summarise(part, results):
     """Return what summary.json says of a part.
 
-    That is plain's mean test loss at the epochs EPOCHS_SHOWN, how many runs of each arm diverged,
-    the paired differences of the arms from plain, and for each arm when it reaches plain's final
-    test loss, and what its moves do and cost.
+    That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of the arms
+    from plain, and for each arm when it reaches plain's final test loss, and what its moves do and
+    cost.
     """
     names = list(results["arms"])
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(names)}
@@ -450,7 +449,7 @@ def summarise(part, results):
             "change_of_test_loss_at_first": at_once.mean() if at_once.size else None,
         }
     pairs = [(arm, "plain") for arm in names[1:]] + [("teleport", "reset")] * ("reset" in names)
-    plain = {epoch: np.nanmean(loss["plain"][epoch - 1], dtype=float) for epoch in epochs}
+    plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in epochs}
     differences = statistics.compare_arms(loss, pairs, epochs)
     if (primary := str(results.get("primary"))) in differences:
         differences[primary][epochs[-1]]["verdict"] = "(primary)"
@@ -499,19 +498,19 @@ def table(summaries):
 
 def rate_table(summaries):
     """Return the differences at all learning rates, those at plain's best marked, as Markdown."""
-    rows, last = [], 0
+    rows, epochs = [], list(next(iter(summaries.values()))["plain"])[-2:]
     for part, summary in summaries.items():
-        epochs = list(summary["plain"])[-2:]
         best = best_rate(summaries, part) == part
         row = [title(part) + " (best)" * best]
         for epoch in epochs:
             row.append(cell(summary["plain"][epoch], ".3f"))
             row += [plots.interval_text(d[epoch]) for d in summary["differences"].values()]
         rows.append(row)
-        last = epochs
     names = list(summary["differences"])
     header = ["test loss; differences in 10⁻³"]
-    header += [text for e in last for text in (f"plain, epoch {e}", *(f"{n}, {e}" for n in names))]
+    header += [
+        text for e in epochs for text in (f"plain, epoch {e}", *(f"{n}, {e}" for n in names))
+    ]
     return plots.markdown(header, rows)
 
 
@@ -579,7 +578,7 @@ def draw(part, results, _, folder):
     plots.draw_arms(folder / f"{part}_arms", title(part), epochs, arms, loss[0])
 
 
-def draw_rates(part, results, _, folder):
+def draw_rates(part, results, summary, folder):
     """Draw an optimizer's test loss against the learning rate, with its last part."""
     dataset, optimizer, _ = experiment_of(part)
     parts = parts_of(STUDIES["lr"], dataset, [optimizer])
@@ -588,7 +587,7 @@ def draw_rates(part, results, _, folder):
         return
     figure = Figure(figsize=(8.4, 3.2))
     rates = [experiment_of(p)[2].lr for p in parts]
-    epochs = sorted({min(epoch, len(results["test_loss"])) for epoch in EPOCHS_SHOWN})[-2:]
+    epochs = list(summary["plain"])[-2:]
     for axes, epoch in zip(figure.subplots(1, len(epochs), squeeze=False)[0], epochs):
         for i, arm in enumerate(results["arms"]):
             values = np.stack([r.arrays["test_loss"][epoch - 1, i] for r in found.values()])
