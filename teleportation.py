@@ -260,10 +260,11 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
     """Move weights along their orbit until the objective has reached a target.
 
     target: a number or a tensor [...], such as 2 * objective(weights); runs that begin above it
-    descend. A step has the length `length`: the norm of all T_m together. A run ends after `steps`
-    steps, where it has reached its target, or where a step would not bring it nearer; that step is
-    not taken. objective and x: as `ascend` takes them. Returns the new weights and the path:
-    `objective` [steps taken + 1, ...], and `ended`: [...], indices into ENDED.
+    descend. A step has the length `length`, the norm of all T_m together, or less where the slope
+    says that the target is nearer. A run ends after `steps` steps, where it has reached its target,
+    or where a step would not bring it nearer; that step is not taken. objective and x: as `ascend`
+    takes them. Returns the new weights and the path: `objective` [steps taken + 1, ...], and
+    `ended`: [...], indices into ENDED.
     """
     target = torch.as_tensor(target).to(x)
     value = objective(weights)
@@ -271,8 +272,12 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
     path, ended = [value], (sign * (value - target) >= 0).long()
     for _ in range(steps):
         _, slopes = ascent_direction(objective, weights, x, activation, action)
-        scale = (sign * length / inner_product(slopes, slopes).sqrt())[..., None, None]
-        elements = [action.element((scale * t).nan_to_num(0.0, 0.0, 0.0)) for t in slopes]
+        norm = inner_product(slopes, slopes).sqrt()
+        # a little beyond, so that the target is reached rather than approached
+        step = sign * (1.05 * (target - value).abs() / norm).clamp(max=length) / norm
+        elements = [
+            action.element((step[..., None, None] * t).nan_to_num(0.0, 0.0, 0.0)) for t in slopes
+        ]
         moved = act(weights, x, elements, activation, action)
         new = objective(moved)
         gained = (sign * (new - value) > 0) & (ended == 0)
