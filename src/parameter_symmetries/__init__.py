@@ -1,0 +1,28 @@
+"""The core under a name of its own, for other projects: `pip install -e .` in the repository.
+
+    from parameter_symmetries.module_symmetry import symmetry_of, teleport_module
+
+The core's modules import each other as `models` and `teleportation`. Other projects have modules of
+these names, so they are only lent: after this import sys.modules has what it had before.
+"""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+CORE = "models", "teleportation", "module_symmetry"  # each after those that it imports
+
+lent = {name: sys.modules.pop(name, None) for name in CORE}
+try:
+    for name in CORE:
+        path = Path(__file__).resolve().parents[2] / f"{name}.py"
+        spec = spec_from_file_location(f"{__name__}.{name}", path)
+        module = module_from_spec(spec)
+        sys.modules |= {spec.name: module, name: module}
+        globals()[name] = module
+        spec.loader.exec_module(module)
+finally:
+    for name, before in lent.items():
+        sys.modules.pop(name, None)
+        if before:
+            sys.modules[name] = before
