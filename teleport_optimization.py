@@ -218,14 +218,14 @@ def move_arm(arm, weights, x, y, k, ascent_lr, reference):
 
 
 def schedule(stack, experiment, epochs, images):
-    """Return {(epoch, mini-batch): {arm's name: k}}, where arms make their k-th moves."""
+    """Return {epoch: {mini-batch: {arm's name: k}}}, where arms make their k-th moves."""
     due, batches = {}, -(-images // models.BATCH)
     for name, arm in stack.items():
         chosen = [experiment.epoch] if arm.epochs is None else arm.epochs
         at = range(0, min(arm.apart * arm.moves, batches) if arm.move else 0, arm.apart)
         moments = product([epoch for epoch in chosen if epoch < epochs], at)
-        for k, moment in enumerate(moments):
-            due.setdefault(moment, {})[name] = k
+        for k, (epoch, batch) in enumerate(moments):
+            due.setdefault(epoch, {}).setdefault(batch, {})[name] = k
     return due
 
 
@@ -270,6 +270,38 @@ def stacks_of(study):
     return list(stacks.values())
 
 
+def train_epoch(state, data, experiment, stack, due):
+    """Return the state of a stack, as `train_stack` saves it, after one epoch more.
+
+    due: {mini-batch: {arm's name: k}}, where arms make their k-th moves in this epoch.
+    """
+    begin, renewed = time.perf_counter(), next(iter(stack.values())).renewed
+    model = models.MLP(models.from_arrays(state, data.x_train.device), ACTIVATION)
+    optimizer = experiment.optimizer(model.parameters(), experiment.lr)
+    models.optimizer_from_arrays(optimizer, state)
+    seconds = torch.zeros(len(stack))
+
+    def train_rows(rows):
+        return models.train_epoch(model, data.x_train[rows], data.y_train[rows], optimizer)
+
+    def move_all(batch):
+        nonlocal optimizer, seconds
+        moved = move(model.weights, stack, due[batch], data, experiment.ascent_lr)
+        seconds = seconds + moved[1]
+        if renewed:
+            optimizer = experiment.optimizer(model.parameters(), experiment.lr)
+        return moved[0]
+
+    loss, moved = models.epoch_with_moves(len(data.x_train), due.keys(), move_all, train_rows)
+    if moved:
+        state["moves"] = np.concatenate([state["moves"], torch.stack(moved).cpu().numpy()])
+    training = time.perf_counter() - begin - float(seconds.sum())
+    test = models.evaluate(list(model.weights), data.x_test, data.y_test, ACTIVATION)
+    values = dict(zip(CURVES, (loss, *test)))
+    state = files.appended(state, seconds=training, move_seconds=seconds, **values)
+    return state | models.to_arrays(model.weights) | models.optimizer_to_arrays(optimizer)
+
+
 def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
     """Train the arms of a stack with an optimizer; resume from `path`.
 
@@ -278,7 +310,6 @@ def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
     measures them; the weights and the optimizer's state. Raises UserError where a loss is not
     finite or a teleport meets a matrix that it can't invert.
     """
-    device, renewed = data.x_train.device, next(iter(stack.values())).renewed
     due = schedule(stack, experiment, epochs, len(data.x_train))
 
     def start():
@@ -288,36 +319,11 @@ def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
         return models.to_arrays(w.expand(len(stack), *w.shape) for w in weights) | {"moves": moves}
 
     def step(state):
-        epoch, begin = int(state["steps"]), time.perf_counter()
-        model = models.MLP(models.from_arrays(state, device), ACTIVATION)
-        optimizer = experiment.optimizer(model.parameters(), experiment.lr)
-        models.optimizer_from_arrays(optimizer, state)
-        seconds = torch.zeros(len(stack))
-
-        def train_rows(rows):
-            return models.train_epoch(model, data.x_train[rows], data.y_train[rows], optimizer)
-
-        def move_all(batch):
-            nonlocal optimizer, seconds
-            moved = move(model.weights, stack, due[epoch, batch], data, experiment.ascent_lr)
-            seconds = seconds + moved[1]
-            if renewed:
-                optimizer = experiment.optimizer(model.parameters(), experiment.lr)
-            return moved[0]
-
-        at = {batch for e, batch in due if e == epoch}
+        epoch = int(state["steps"])
         try:
-            loss, moved = models.epoch_with_moves(len(data.x_train), at, move_all, train_rows)
+            return train_epoch(state, data, experiment, stack, due.get(epoch, {}))
         except (FloatingPointError, ValueError) as error:
             raise files.UserError(f"{path.stem}, epoch {epoch}: {error}.") from None
-        if moved:
-            state["moves"] = np.concatenate([state["moves"], torch.stack(moved).cpu().numpy()])
-        training = time.perf_counter() - begin - float(seconds.sum())
-        test = models.evaluate(list(model.weights), data.x_test, data.y_test, ACTIVATION)
-        state = files.appended(
-            state, seconds=training, move_seconds=seconds, **dict(zip(CURVES, (loss, *test)))
-        )
-        return state | models.to_arrays(model.weights) | models.optimizer_to_arrays(optimizer)
 
     return files.resume(path, settings, start, step, epochs, bar)
 

@@ -579,7 +579,7 @@ def teleport_sharpness(
     lr,
     steps,
     radii,
-    directions_per_radius,
+    per_radius,
     seed,
     activation,
     stop=INF,
@@ -589,7 +589,7 @@ def teleport_sharpness(
 ):
     """Teleport to another sharpness: ascent, or descent where lr < 0, on the mean perturbed loss.
 
-    Each step draws new directions from `seed`, `directions_per_radius` of each length. All runs
+    Each step draws new directions from `seed`, `per_radius` of each length. All runs
     share them and the batch x: [d_0, n], y: [n], so that their products are computed once. lr and
     stop: numbers or tensors that broadcast over the runs; a run stops where φ > stop, and a step is
     cut where |T_m|_F > max_norm. Returns the new weights and, with return_path, the path that
@@ -600,17 +600,15 @@ def teleport_sharpness(
     rng = torch.Generator().manual_seed(seed)
 
     def draw():
-        for radius in radii:
-            directions = random_directions(widths, [radius] * directions_per_radius, rng)
-            yield [d.to(x) for d in directions]
+        for radius in radii:  # a radius at a time: all directions would not fit the memory
+            yield [d.to(x) for d in random_directions(widths, [radius] * per_radius, rng)]
 
     def objective(weights):
         return sum(sharpness(weights, x, y, block, activation) for block in draw()) / len(radii)
 
-    def with_gradient(weights):
-        return sharpness_and_gradient(weights, x, y, draw(), activation)
-
-    objective.value_and_gradient = with_gradient
+    objective.value_and_gradient = lambda weights: sharpness_and_gradient(
+        weights, x, y, draw(), activation
+    )
     weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm, action)
     return (weights, path) if return_path else weights
 

@@ -229,6 +229,21 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
     print(f"\n{table(summaries)}\nResults, figures, summary.json and table.md are in {folder}")
 
 
+def advice(error):
+    """Return what a user is told of an error that they can mend, or None of another one."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{where}{error.strerror or error}.\n"
+            "Everything saved so far is complete: fix this, then run the same command to resume."
+        )
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return "out of memory: choose fewer --runs."
+    return None
+
+
 def run(main):
     """Call a script's `main`; a problem that the user can fix ends it with a sentence, status 2.
 
@@ -250,21 +265,10 @@ def run(main):
             # gloo for GPUs, too: what ranks compute goes through files, and they only wait here
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         main()
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}.", file=sys.stderr)
-        print(
-            "Everything saved so far is complete: fix this, then run the same command to resume.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if not (told := advice(error)):
             raise
-        print(f"{name}: out of memory: choose fewer --runs.", file=sys.stderr)
+        print(f"{name}: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:

@@ -451,7 +451,7 @@ def test_a_stack_teleports_in_sharpness_as_its_members_do_alone(case, activation
     options = {
         "steps": 2,
         "radii": [0.5, 1.0],
-        "directions_per_radius": 3,
+        "per_radius": 3,
         "seed": 4,
         "activation": activation,
     }
@@ -490,7 +490,7 @@ def test_a_step_in_curvature_is_no_longer_than_the_longest(case, activation):
 
 def test_a_step_in_sharpness_is_no_longer_than_the_longest(case, activation):
     weights, x, y, *_ = case
-    draws = {"radii": [0.5], "directions_per_radius": 2, "seed": 4, "activation": activation}
+    draws = {"radii": [0.5], "per_radius": 2, "seed": 4, "activation": activation}
     lr = torch.tensor([1e-3, 1e9, -1e9]).double()
     _, free = teleport_sharpness(weights, x, y, lr, 1, **draws, return_path=True)
     _, cut = teleport_sharpness(weights, x, y, lr, 1, **draws, max_norm=0.5, return_path=True)
