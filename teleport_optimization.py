@@ -66,8 +66,8 @@ EXPERIMENTS = {
     "SGD": Experiment(SGD, 1e-2, SMALL, 1.0, 2, 1e-4),
     "AdaGrad": Experiment(partial(torch.optim.Adagrad, fused=True), 1e-2, SMALL, 1.0, 2, 1e-4),
     "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, SMALL, 1.0, 0, 5e-2),
-    "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, LARGE, 1.0, 0, 5e-2),
-    "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, LARGE, 1.0, 0, 5e-2),
+    "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, LARGE, 3.0, 0, 5e-2),
+    "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, LARGE, 3.0, 0, 5e-2),
 }
 ACTIVATION = models.LeakyReLU()
 TELEPORTS = 8  # before so many mini-batches, the first of the epoch
