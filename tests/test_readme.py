@@ -13,6 +13,8 @@ import matplotlib
 import pytest
 import torch
 
+from teleport_optimization import EXPERIMENTS
+
 PAGES = {"README.md": ROOT / "README.md", "figures/README.md": ROOT / "figures/README.md"}
 README, RESULTS = (path.read_text("utf-8") for path in PAGES.values())
 SCRIPTS = [path.stem for path in ROOT.glob("*.py")] + ["multi_layer_regression"]
@@ -153,3 +155,13 @@ def test_claims_of_the_readme_follow_from_the_summaries():
     for entry in summary("generalization").values():
         for after in entry["differences"]["curvature increase − plain"].values():
             assert after["verdict"] == "not seen"
+
+
+def test_the_best_learning_rates_are_those_of_the_study():
+    found = summary("optimization-lr")
+    for name, experiment in EXPERIMENTS.items():
+        final = {
+            rate: found[f"MNIST_{name}" + f"_{rate:g}" * (rate != 1)]["plain"]["40"]
+            for rate in experiment.rates
+        }
+        assert experiment.best == min(final, key=final.get), name
