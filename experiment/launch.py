@@ -221,11 +221,11 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
         | summarise(part, result.arrays)
         for part, result in results.items()
     }
-    for part in asked:
-        draw(part, results[part].arrays, summaries[part], folder)
     files.save_json(folder / "summary.json", summaries)
     files.save_text(folder / "table.md", table(summaries))
     files.copy_into_page(folder / "table.md")
+    for part in asked:
+        draw(part, results[part].arrays, summaries[part], folder)
     print(f"\n{table(summaries)}\nResults, figures, summary.json and table.md are in {folder}")
 
 

@@ -88,7 +88,7 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     losses, differences = figure.subplots(1, 2)
     for i, (label, (color, train_loss, test_loss)) in enumerate(arms.items()):
         # markers, since colours alone are lost in grey
-        style = {"color": color, "marker": "osD^vPX*"[i], "ms": 4, "markevery": (i, 6)}
+        style = {"color": color, "marker": "osD^vPX*"[i % 8], "ms": 4, "markevery": (i, 6)}
         plot_difference(differences, epochs, test_loss, reference, label=label, **style)
         if label not in controls:
             plot_mean(losses, epochs, test_loss, **style)

@@ -258,13 +258,28 @@ def test_arms_move_at_their_own_moments(tmp_path):
     assert ((state["move_seconds"] > 0) == [[0, 1, 1], [0, 0, 0], [0, 0, 1]]).all()
 
 
+def test_studies_can_be_trained_and_reported():
+    for study in script.STUDIES.values():
+        script.check_study(study)
+    plain, good = script.STUDIES["published"], script.STUDIES["lr"]
+    misspelt = good.arms | {"kept": script.Arm(("teleprt", 1))}
+    for study, sentence in (
+        (plain._replace(primary="teleport - plain"), "'teleport - plain' is not a comparison"),
+        (good._replace(arms=misspelt), "moves among stay, random"),
+        (good._replace(arms={"none": script.Arm()}), "needs plain first"),
+    ):
+        with pytest.raises(files.UserError, match=sentence):
+            script.check_study(study)
+
+
 def test_other_moves_go_as_far_as_the_teleport():
     data = load_sample("MNIST")
     weights = init_weights(WIDTHS, [1, 2, 3])
     x, y = shuffled_batch(data, script.TELEPORT_BATCH, 0)
 
     def moved(*move, reference=None):
-        return script.move_arm(script.Arm(move), weights, x, y, 0, 5e-2, reference)
+        at = script.Moment(x, y, 5e-2, torch.Generator().manual_seed(0), reference)
+        return script.move_arm(script.Arm(move), weights, at)
 
     def length(new):
         way = [a - b for a, b in zip(new, weights)]
