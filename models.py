@@ -23,6 +23,7 @@ torch.set_flush_denormal(True)
 BATCH = 20  # images in a mini-batch
 BLOCK = 10  # mini-batches whose products with the first layer are one matrix product
 SEED = 54321
+DIVERGED_WEIGHT = 1e6  # weight of a network that has not diverged
 
 
 class Training(NamedTuple):
@@ -266,6 +267,23 @@ def check_finite(losses):
         raise FloatingPointError(f"the loss of run {run} of the stack is not finite at step {step}")
 
 
+@torch.no_grad()
+def replace_diverged(weights, diverged):
+    """Mark networks with a weight above DIVERGED_WEIGHT in diverged: [...], in place.
+
+    They get the weights of one that has not diverged, so that the others can go on in the stack;
+    what is measured of them is to be left out. Raises ValueError where all have diverged.
+    """
+    for w in weights:
+        diverged |= ~(w.abs() < DIVERGED_WEIGHT).all(-1).all(-1)  # written so that nan counts, too
+    if diverged.all():
+        raise ValueError("all networks diverge")
+    if diverged.any():
+        healthy = tuple((~diverged).nonzero()[0])
+        for w in weights:
+            w.copy_(torch.where(diverged[..., None, None], w[healthy].clone(), w))
+
+
 def epoch_with_moves(images, at, move, train, batch_size=BATCH):
     """Train for one epoch of so many images, with a move before each of some mini-batches.
 
@@ -284,12 +302,12 @@ def epoch_with_moves(images, at, move, train, batch_size=BATCH):
 
 
 @torch.no_grad()
-def train_epoch(model, x, y, optimizer, batch_size=BATCH):
+def train_epoch(model, x, y, optimizer, batch_size=BATCH, check=check_finite):
     """Train an MLP for one pass over x: [N, d_0], y: [N], in the order in which they lie.
 
     `optimizer` is any elementwise one of torch.optim over the model's parameters, so that each run
     of the stack is trained alone. Returns the mean training loss [...] of each run over the epoch.
-    Raises FloatingPointError where a loss is not finite.
+    check: called with the losses [steps, ...] in the end, or None.
     """
     weights = list(model.weights)
     check_batch(weights, x.T, y)
@@ -308,7 +326,8 @@ def train_epoch(model, x, y, optimizer, batch_size=BATCH):
         optimizer.step()
         losses.append(loss)
     losses = torch.stack(losses)
-    check_finite(losses)
+    if check:
+        check(losses)
     return losses.mean(0)
 
 
@@ -319,7 +338,7 @@ def train_epoch_sgd(weights, x, y, lr, activation, batch_size=BATCH, check=check
     The first layer has nearly all of the weights. Its changes over a block of steps are kept as
     W_0 − lr Σ_j δ_j X_j^T and added at the block's end; until then W_0 X_k is corrected by
     −lr Σ_j δ_j (X_j^T X_k). The sums are the same, and the large products see many batches at once.
-    The weights must be contiguous. check: called with the losses [steps, ...] in the end.
+    The weights must be contiguous. check: as `train_epoch` takes it.
     """
     check_batch(weights, x.T, y)
     first_layer = weights[0].view(-1, weights[0].shape[-1])
@@ -343,7 +362,8 @@ def train_epoch_sgd(weights, x, y, lr, activation, batch_size=BATCH, check=check
             losses.append(loss)
         first_layer.addmm_(delta_0.view(-1, len(X)), X, alpha=-lr)
     losses = torch.stack(losses)
-    check(losses)
+    if check:
+        check(losses)
     return losses.mean(0)
 
 

@@ -281,31 +281,40 @@ def stacks_of(study):
 def train_epoch(state, data, experiment, stack, due):
     """Return the state of a stack, as `train_stack` saves it, after one epoch more.
 
-    due: {mini-batch: {arm's name: k}}, where arms make their k-th moves in this epoch.
+    due: {mini-batch: {arm's name: k}}, where arms make their k-th moves in this epoch. Raises
+    ValueError where all runs diverge.
     """
     begin, renewed = time.perf_counter(), next(iter(stack.values())).renewed
     model = models.MLP(models.from_arrays(state, data.x_train.device), ACTIVATION)
     optimizer = experiment.optimizer(model.parameters(), experiment.lr)
     models.optimizer_from_arrays(optimizer, state)
     seconds = torch.zeros(len(stack))
+    diverged = torch.zeros(model.weights[0].shape[:2], dtype=bool, device=data.x_train.device)
+    if state["steps"]:
+        diverged |= torch.tensor(np.isnan(state["test_loss"][-1])).to(diverged)
 
     def train_rows(rows):
-        return models.train_epoch(model, data.x_train[rows], data.y_train[rows], optimizer)
+        x, y = data.x_train[rows], data.y_train[rows]
+        loss = models.train_epoch(model, x, y, optimizer, check=None)
+        models.replace_diverged(model.weights, diverged)
+        return loss
 
     def move_all(batch):
         nonlocal optimizer, seconds
         moved = move(model.weights, stack, due[batch], data, experiment.ascent_lr)
         seconds = seconds + moved[1]
+        models.replace_diverged(model.weights, diverged)
         if renewed:
             optimizer = experiment.optimizer(model.parameters(), experiment.lr)
-        return moved[0]
+        return moved[0].masked_fill(diverged[:, None], torch.nan)
 
     loss, moved = models.epoch_with_moves(len(data.x_train), due.keys(), move_all, train_rows)
     if moved:
         state["moves"] = np.concatenate([state["moves"], torch.stack(moved).cpu().numpy()])
     training = time.perf_counter() - begin - float(seconds.sum())
     test = models.evaluate(list(model.weights), data.x_test, data.y_test, ACTIVATION)
-    values = dict(zip(CURVES, (loss, *test)))
+    values = [values.masked_fill(diverged, torch.nan) for values in (loss, *test)]
+    values = dict(zip(CURVES, values))
     state = files.appended(state, seconds=training, move_seconds=seconds, **values)
     return state | models.to_arrays(model.weights) | models.optimizer_to_arrays(optimizer)
 
@@ -315,8 +324,8 @@ def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
 
     Returns the arrays saved there: the CURVES [epochs, arms, runs]; seconds [epochs] of training,
     without the moves; move_seconds [epochs, arms]; `moves` [moments, arms, 5, runs], as `move`
-    measures them; the weights and the optimizer's state. Raises UserError where a loss is not
-    finite or a teleport meets a matrix that it can't invert.
+    measures them; the weights and the optimizer's state. The curves of a run that diverged are nan
+    from that epoch on. Raises UserError where all runs diverge.
     """
     due = schedule(stack, experiment, epochs, len(data.x_train))
 
@@ -330,7 +339,7 @@ def train_stack(data, experiment, stack, runs, epochs, path, settings, bar):
         epoch = int(state["steps"])
         try:
             return train_epoch(state, data, experiment, stack, due.get(epoch, {}))
-        except (FloatingPointError, ValueError) as error:
+        except ValueError as error:
             raise files.UserError(f"{path.stem}, epoch {epoch}: {error}.") from None
 
     return files.resume(path, settings, start, step, epochs, bar)
@@ -402,7 +411,7 @@ def collect(part, args):
     order = [[name for stack in stacks for name in stack].index(arm) for arm in arms]
     results = {key: np.concatenate([s[key] for s in states], 1)[:, order] for key in CURVES}
     # an arm's own moves first: arms of a stack need not move at the same moments
-    moves = [m[~np.isnan(m[:, 0, 0])] for s in states for m in s["moves"].swapaxes(0, 1)]
+    moves = [m[~np.isnan(m[:, 0]).all(-1)] for s in states for m in s["moves"].swapaxes(0, 1)]
     most = max(map(len, moves))
     moves = [np.pad(m, ((0, most - len(m)), *2 * [(0, 0)]), constant_values=np.nan) for m in moves]
     results["moves"] = np.stack(moves, 1)[:, order]
@@ -450,17 +459,18 @@ def summarise(part, results):
     arms = {}
     for i, arm in enumerate(names):
         moves, at_once = results["moves"][:, i, :4], results["moves"][:1, i, 4:]
-        moves = moves[~np.isnan(moves[:, 0, 0])]
+        moves = moves[~np.isnan(moves[:, 0]).all(-1)]
         before_loss, before_norm, after_loss, after_norm = moves.swapaxes(0, 1)
         arms[arm] = {
             "reaches": reach(loss[arm], results["seconds"][:, i], loss["plain"][-1]),
             "seconds_of_moves": results["move_seconds"][i],
             "moves": len(moves),
-            "mean_change_of_loss": (after_loss - before_loss).mean() if len(moves) else 0.0,
+            "diverged": np.isnan(loss[arm][-1]).sum(),
+            "mean_change_of_loss": np.nanmean(after_loss - before_loss) if len(moves) else 0.0,
             "mean_growth_of_gradient_norm_squared": (
-                (after_norm / before_norm).mean() if len(moves) else 1.0
+                np.nanmean(after_norm / before_norm) if len(moves) else 1.0
             ),
-            "change_of_test_loss_at_first": at_once.mean() if at_once.size else None,
+            "change_of_test_loss_at_first": np.nanmean(at_once) if at_once.size else None,
         }
     pairs = [(arm, "plain") for arm in names[1:]]
     pairs += [("teleport", "reset")] * ({"teleport", "reset"} <= set(names))
@@ -491,7 +501,12 @@ def table(summaries):
     """Return the test losses and their differences, and what the moves cost, as Markdown."""
     tables, rows = [], []
     for part, summary in summaries.items():
-        tables.append(plots.difference_table(title(part), summary["plain"], summary["differences"]))
+        differences = {}
+        for pair, after in summary["differences"].items():
+            arm, other = pair.split(" − ")
+            text = plots.arm_text(arm, summary["arms"][arm]["diverged"])
+            differences[f"{text} − {other}"] = after
+        tables.append(plots.difference_table(title(part), summary["plain"], differences))
         for arm, entry in summary["arms"].items():
             at_once = entry["change_of_test_loss_at_first"]
             rows.append(
@@ -537,7 +552,8 @@ def rate_table(summaries):
 def best_rate(summaries, part):
     """Return the part with plain's lowest final test loss among those of a part's optimizer."""
     same = [other for other in summaries if experiment_of(other)[:2] == experiment_of(part)[:2]]
-    return min(same, key=lambda other: list(summaries[other]["plain"].values())[-1])
+    final = {other: list(summaries[other]["plain"].values())[-1] for other in same}
+    return min(same, key=lambda other: np.nan_to_num(final[other], nan=np.inf))
 
 
 # Figures
@@ -571,7 +587,7 @@ def draw_moves(results, title, path):
     for axes, quantity, label in zip(figure.subplots(1, 2), (1, 0), (r"$|\nabla L|^2$", "loss")):
         for arm in ("teleport", "kept", "random"):
             i = list(results["arms"]).index(arm)
-            values = results["moves"][:, i].mean(-1)  # [teleports, 4 or 5]
+            values = np.nanmean(results["moves"][:, i], -1)  # [teleports, 4 or 5]
             # each teleport is a line from before to after; the batch and SGD's step lie between
             for k, (before, after) in enumerate(values[:, [quantity, quantity + 2]]):
                 label_once = {"label": arm} if k == 0 else {}

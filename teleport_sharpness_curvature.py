@@ -107,7 +107,6 @@ TELEPORT_BATCH = 2000
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
 MAX_T_NORM = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
-DIVERGED_WEIGHT = 1e6  # weight of a network that has not diverged
 MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
 PAIR = 1  # the pair of layers that curvature teleports act on: the second
 ESTIMATION_BATCHES, ESTIMATION_BATCH = 20, 200  # of φ and ψ along training
@@ -169,27 +168,12 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
     return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
 
 
-def replace_diverged(weights, diverged):
-    """Mark networks with a weight above DIVERGED_WEIGHT in diverged: [arms, runs], in place.
-
-    They get plain's weights, so that computations go on; what is measured of them is left out.
-    Raises ValueError where plain's own diverge.
-    """
-    for w in weights:
-        diverged |= ~(w.abs() < DIVERGED_WEIGHT).all(-1).all(-1)  # written so that nan counts, too
-    if diverged[0].any():
-        runs = diverged[0].nonzero().flatten().tolist()
-        raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
-    for w in weights:
-        w.copy_(torch.where(diverged[..., None, None], w[:1], w))
-
-
 @torch.no_grad()
 def move(weights, data, experiment, k, diverged):
     """Give each arm its k-th move, in place; weights: [arms, runs, d_{m+1}, d_m].
 
     Returns loss, φ and κ before and after it on the teleport's batch and on a fresh one,
-    [arms, 2 batches, 2, 3, runs]. diverged: as `replace_diverged` takes it.
+    [arms, 2 batches, 2, 3, runs]. diverged: as `models.replace_diverged` takes it.
     """
     d = experiment.training.widths[PAIR + 1]
     x, y = shuffled_batch(data, TELEPORT_BATCH, k)
@@ -215,7 +199,7 @@ def move(weights, data, experiment, k, diverged):
     for arm, (new, _) in moved.items():
         for w, own in zip(weights, new):
             w[ARMS.index(arm)] = own
-    replace_diverged(weights, diverged)
+    models.replace_diverged(weights, diverged)
     after = [loss_sharpness_curvature(weights, *batch, M, k) for batch in batches]
     both = torch.stack([torch.stack(pair) for pair in zip(before, after)])  # [2, 2, 3, arms, runs]
     return both.permute(3, 0, 1, 2, 4)
@@ -236,7 +220,7 @@ def train(data, experiment, runs, path, settings):
     [MOVES, arms, 2 batches, 2, 3, runs] as `move` returns them; seconds [EPOCHS] of training and
     moves; the weights; and which networks `diverged` [arms, runs]: their curves are nan from then
     on, and their moves if that was in the epoch of the moves. Up to the teleports all arms are one.
-    Raises UserError where plain SGD diverges or a teleport meets a matrix that it can't invert.
+    Raises UserError where plain SGD diverges.
     """
     (widths, lr), device = experiment.training, data.x_train.device
 
@@ -259,8 +243,11 @@ def train(data, experiment, runs, path, settings):
 
         def train_rows(rows):
             x, y = data.x_train[rows], data.y_train[rows]
-            loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=lambda losses: None)
-            replace_diverged(weights, diverged)
+            loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=None)
+            models.replace_diverged(weights, diverged)
+            if diverged[0].any():
+                runs = diverged[0].nonzero().flatten().tolist()
+                raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
             return loss
 
         try:
@@ -292,7 +279,8 @@ def log(name, args):
     settings |= dict(
         experiment=experiment, seed=models.SEED, batches=[models.BATCH, TELEPORT_BATCH]
     )
-    course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, MAX_T_NORM, DIVERGED_WEIGHT
+    course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, MAX_T_NORM
+    course += (models.DIVERGED_WEIGHT,)
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
     measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS
     settings |= dict(course=course, estimates=estimates, measured=measured)
@@ -365,11 +353,6 @@ def summarise(_, results):
     return {"plain": plain, "differences": differences, "diverged": diverged, "moves": moves}
 
 
-def label(arm, diverged):
-    """Return an arm's name, with how many of its networks diverged."""
-    return f"{arm} ({diverged} diverged)" if diverged else arm
-
-
 def table(summaries):
     """Return the test losses, verdicts on the claims, and what the moves changed, as Markdown."""
     tables, rows = [], []
@@ -378,7 +361,7 @@ def table(summaries):
         for pair, after in summary["differences"].items():
             arm, other = pair.split(" − ")
             claim = f" (claim: {CLAIMS[arm]})" if arm in CLAIMS else ""
-            differences[f"{label(arm, summary['diverged'][arm])} − {other}{claim}"] = after
+            differences[f"{plots.arm_text(arm, summary['diverged'][arm])} − {other}{claim}"] = after
         tables.append(plots.difference_table(TITLES[name], summary["plain"], differences))
         for arm, moves in list(summary["moves"].items())[1:]:
             cells = [
@@ -416,7 +399,7 @@ def draw(name, results, _, folder):
         curves, loss = {}, results["test_loss"]
         for arm in (*arms, *controls):
             i = ARMS.index(arm)
-            key = label(arm, results["diverged"][i].sum())
+            key = plots.arm_text(arm, results["diverged"][i].sum())
             curves[key] = COLOURS[arm], results["train_loss"][:, i], loss[:, i]
         controls = list(curves)[len(arms) :]
         course = TITLES[name], 1 + np.arange(EPOCHS), curves, loss[:, 0]

@@ -37,7 +37,7 @@ def pseudoinverse(h):
 
     That is some ten times as fast as torch.linalg.pinv's singular values, and as accurate for
     matrices of full rank. A member of less rank is named in a warning, and torch.linalg.pinv cuts
-    its small singular values off. Raises ValueError, naming the member, where one is not finite.
+    its small singular values off; so is one that is not finite, whose pseudoinverse is nan.
     """
     d, n = h.shape[-2:]
     if n < d:
@@ -48,15 +48,15 @@ def pseudoinverse(h):
     # written so that nan counts as deficient
     deficient = ~(diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1))
     if deficient.any():
-        members = deficient.nonzero().tolist()
-        if not h[deficient].isfinite().all():
-            raise ValueError(f"the activations [{d}, {n}] of a run among {members} are not finite")
-        warnings.warn(
-            f"the activations [{d}, {n}] of runs {members} are not of full rank: "
-            "the group action does not preserve the outputs exactly",
-            stacklevel=2,
-        )
+        finite = h.isfinite().all(-1).all(-1)
+        for runs, what in ((~finite, "finite"), (deficient & finite, "of full rank")):
+            if runs.any():
+                named = f"the activations [{d}, {n}] of runs {runs.nonzero().tolist()}"
+                kept = "the group action does not preserve the outputs exactly"
+                warnings.warn(f"{named} are not {what}: {kept}", stacklevel=2)
         # not in place, for the sake of derivatives; where a rank is deficient they may be nan
+        inverse = torch.where(finite[..., None, None], inverse, torch.nan)
+        deficient = deficient & finite
         inverse = inverse.index_put((deficient,), torch.linalg.pinv(h[deficient]))
     return inverse
 

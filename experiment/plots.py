@@ -118,6 +118,11 @@ def interval_text(difference):
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
+def arm_text(arm, diverged):
+    """Return an arm's name, with how many of its networks diverged."""
+    return f"{arm} ({diverged} diverged)" if diverged else arm
+
+
 def difference_table(title, reference, differences):
     """Return a table in Markdown of the test loss of a reference and of differences between arms.
 

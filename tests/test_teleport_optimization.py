@@ -23,6 +23,8 @@ PUBLISHED = script.STUDIES["published"]
 ARMS = list(PUBLISHED.arms)
 STACKS = dict(zip(("kept", "renewed"), script.stacks_of(PUBLISHED)))
 
+MOVE = script.move_arm
+
 
 class Bar:
     """A progress bar that interrupts after some updates."""
@@ -112,9 +114,36 @@ def test_moves_are_measured_on_the_teleports_batch():
         torch.testing.assert_close(measured[0, column], norm)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_epoch_named(tmp_path):
+def test_a_run_that_diverges_is_left_out_and_the_others_go_on(tmp_path, monkeypatch):
+    def run_away(arm, weights, at):
+        new, reference = MOVE(arm, weights, at)
+        new[1][1, 0, 0] = torch.nan  # the second run
+        return new, reference
+
+    arms = {name: PUBLISHED.arms[name] for name in ("plain", "kept")}
+    whole = train("Adam", "whole", tmp_path, epochs=3, arms=arms)
+    monkeypatch.setattr(script, "move_arm", run_away)
+    cut = train("Adam", "diverged", tmp_path, epochs=1, arms=arms)
+    state = train("Adam", "diverged", tmp_path, epochs=3, arms=arms)
+    np.testing.assert_array_equal(cut["test_loss"][0], state["test_loss"][0])
+    for curve in script.CURVES:
+        lost = np.isnan(state[curve])
+        assert lost[:, 1, 1].all() and lost.sum() == 3  # from the epoch of the moves on
+        np.testing.assert_allclose(state[curve][~lost], whole[curve][~lost], rtol=1e-4)
+    assert np.isnan(state["moves"][:, 1, 2:, 1]).all()
+    assert not np.isnan(state["moves"][:, 1, :4, 0]).any()
+    results = {key: state[key] for key in (*script.CURVES, "moves")}
+    results |= {"arms": list(arms), "seconds": np.ones((3, 2)), "move_seconds": np.ones(2)}
+    summary = script.summarise("MNIST_Adam", results)
+    assert [arm["diverged"] for arm in summary["arms"].values()] == [0, 1]
+    assert summary["arms"]["kept"]["moves"] == script.TELEPORTS
+    text = script.table({"MNIST_Adam": summary})
+    assert "| kept (1 diverged) − plain |" in text
+
+
+def test_a_stack_that_diverges_stops_with_the_epoch_named(tmp_path):
     experiment = script.EXPERIMENTS["SGD"]._replace(lr=1e30)
-    with pytest.raises(UserError, match="SGD-kept, epoch 0: .* not finite"):
+    with pytest.raises(UserError, match="SGD-kept, epoch 0: all networks diverge"):
         script.train_stack(
             load_sample("MNIST"), experiment, STACKS["kept"], 2, 3, tmp_path / "SGD-kept", {}, Bar()
         )
