@@ -446,6 +446,12 @@ def reach(test_loss, seconds, target):
     }
 
 
+def mean(values, otherwise):
+    """Return the mean of those of the values that are not nan; `otherwise` where there are none."""
+    values = values[~np.isnan(values)]
+    return values.mean() if values.size else otherwise
+
+
 def summarise(part, results):
     """Return what summary.json says of a part.
 
@@ -466,11 +472,9 @@ def summarise(part, results):
             "seconds_of_moves": results["move_seconds"][i],
             "moves": len(moves),
             "diverged": np.isnan(loss[arm][-1]).sum(),
-            "mean_change_of_loss": np.nanmean(after_loss - before_loss) if len(moves) else 0.0,
-            "mean_growth_of_gradient_norm_squared": (
-                np.nanmean(after_norm / before_norm) if len(moves) else 1.0
-            ),
-            "change_of_test_loss_at_first": np.nanmean(at_once) if at_once.size else None,
+            "mean_change_of_loss": mean(after_loss - before_loss, 0.0),
+            "mean_growth_of_gradient_norm_squared": mean(after_norm / before_norm, 1.0),
+            "change_of_test_loss_at_first": mean(at_once, None),
         }
     pairs = [(arm, "plain") for arm in names[1:]]
     pairs += [("teleport", "reset")] * ({"teleport", "reset"} <= set(names))
@@ -513,11 +517,11 @@ def table(summaries):
                 [
                     title(part),
                     arm,
-                    *(str(value) for value in entry["reaches"].values()),
+                    *(cell(value, "g") for value in entry["reaches"].values()),
                     cell(entry["seconds_of_moves"], ".2f"),
                     cell(1e3 * entry["mean_change_of_loss"], "+.2f"),
                     cell(at_once and 1e3 * at_once, "+.2f"),
-                    cell(100 * (entry["mean_growth_of_gradient_norm_squared"] - 1), "+.1f") + " %",
+                    cell(100 * (entry["mean_growth_of_gradient_norm_squared"] - 1), "+,.1f") + " %",
                 ]
             )
     header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s", "all moves, s"]
