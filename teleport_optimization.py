@@ -566,7 +566,6 @@ def best_rate(summaries, part):
 def draw_losses(results, against, title, path):
     """Draw Figure 5 (against epochs) or 13 (against seconds): training dashed, test solid."""
     axes = Figure(figsize=(4.2, 3.2)).add_subplot(title=title, ylabel="loss")
-    plots.plain_log_axis(axes, "y")
     for arm in ("plain", "teleport"):
         i = list(results["arms"]).index(arm)
         colour = PALETTE[i]
@@ -581,6 +580,7 @@ def draw_losses(results, against, title, path):
         )
         plots.plot_mean(axes, x, results["test_loss"][:, i], color=colour, label=f"{label}, test")
     axes.set_xlabel("epoch" if against == "epoch" else "time (s)")
+    plots.plain_log_axis(axes, "y")
     plots.legend_beside(axes)
     plots.save_figure(axes.figure, path)
 
@@ -591,7 +591,7 @@ def draw_moves(results, title, path):
     for axes, quantity, label in zip(figure.subplots(1, 2), (1, 0), (r"$|\nabla L|^2$", "loss")):
         for arm in ("teleport", "kept", "random"):
             i = list(results["arms"]).index(arm)
-            values = np.nanmean(results["moves"][:, i], -1)  # [teleports, 4 or 5]
+            values = np.nanmean(results["moves"][:, i, :4], -1)  # [teleports, 4]
             # each teleport is a line from before to after; the batch and SGD's step lie between
             for k, (before, after) in enumerate(values[:, [quantity, quantity + 2]]):
                 label_once = {"label": arm} if k == 0 else {}

@@ -22,9 +22,15 @@ def save_figure(figure, path):
 
 
 def plain_log_axis(axes, which):
-    """Make the axis `which`, x or y, logarithmic, with numbers like 0.2 at its ticks."""
+    """Make the axis `which`, x or y, logarithmic, with numbers like 0.2 at its ticks.
+
+    On an axis of more than three decades, as what is drawn has it, ticks are powers of ten.
+    """
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    if high > 1000 * low:
+        return
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
