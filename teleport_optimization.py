@@ -472,6 +472,9 @@ def summarise(part, results):
             "seconds_of_moves": results["move_seconds"][i],
             "moves": len(moves),
             "diverged": np.isnan(loss[arm][-1]).sum(),
+            "training_loss_in_the_end_less_plains": statistics.paired_difference(
+                results["train_loss"][-1, i], results["train_loss"][-1, 0]
+            ),
             "mean_change_of_loss": mean(after_loss - before_loss, 0.0),
             "mean_growth_of_gradient_norm_squared": mean(after_norm / before_norm, 1.0),
             "change_of_test_loss_at_first": mean(at_once, None),
@@ -518,13 +521,15 @@ def table(summaries):
                     title(part),
                     arm,
                     *(cell(value, "g") for value in entry["reaches"].values()),
+                    plots.interval_text(entry["training_loss_in_the_end_less_plains"]),
                     cell(entry["seconds_of_moves"], ".2f"),
                     cell(1e3 * entry["mean_change_of_loss"], "+.2f"),
                     cell(at_once and 1e3 * at_once, "+.2f"),
                     cell(100 * (entry["mean_growth_of_gradient_norm_squared"] - 1), "+,.1f") + " %",
                 ]
             )
-    header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s", "all moves, s"]
+    header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s"]
+    header += ["final training loss − plain's, 10⁻³", "all moves, s"]
     header += ["change of the batch's loss in a move, 10⁻³", "of the test loss in the first"]
     header += ["growth of the gradient norm²"]
     return "\n".join([*tables, plots.markdown(header, rows)])
