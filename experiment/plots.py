@@ -1,5 +1,7 @@
 """Figures as PDF and PNG, bands and differences in them, and tables in Markdown."""
 
+import warnings
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -52,7 +54,9 @@ def plot_mean(axes, x, values, **style):
 
     Those that are nan are left out.
     """
-    mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
+    with warnings.catch_warnings():  # where one is left
+        warnings.simplefilter("ignore")
+        mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
     plot_with_band(axes, x, mean, mean - deviation, mean + deviation, **style)
 
 
@@ -103,7 +107,13 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     trained = any(train_loss is not None for _, train_loss, _ in arms.values())
     ylabel = "loss (dashed: training)" if trained else "test loss"
     losses.set(title=title, xlabel="epoch", ylabel=ylabel)
+    drawn = [loss for _, *both in arms.values() for loss in both if loss is not None]
+    lowest = min(np.nanmin(loss) for loss in drawn)
+    if losses.get_ylim()[0] < lowest / 3:  # a band that reaches 0
+        losses.set_ylim(bottom=lowest / 1.5)
     plain_log_axis(losses, "y")
+    if max(map(abs, differences.get_ylim())) > 1:  # where arms fail the others are seen, too
+        differences.set_yscale("symlog", linthresh=0.01)
     differences.set(title="test loss − plain's, 95 % interval", xlabel="epoch", xlim=xlim)
     legend_beside(differences)
     figure.tight_layout()
