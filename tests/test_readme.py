@@ -154,6 +154,14 @@ def test_claims_of_the_readme_follow_from_the_summaries():
         dataset, optimizer, *rate = part.split("_")
         if float(*rate or [1]) == EXPERIMENTS[optimizer].best:  # no gain at the best learning rate
             assert primary["high"] > 0 and (primary["low"] > 0) == (optimizer == "RMSprop"), part
+    for study, arm in (
+        ("how-far", "100 steps"),
+        ("how-often", "64 mini-batches"),
+        ("when", "epoch 1"),
+    ):
+        found = summary(f"optimization-{study}")
+        for part in ("MNIST_Adam", "MNIST_Adam_3"):  # more teleporting does harm
+            assert found[part]["differences"][f"{arm} − plain"]["40"]["low"] > 0, part
     for entry in summary("optimization-action").values():  # no action gains in the end
         assert all(d["40"]["low"] < 0 < d["40"]["high"] for d in entry["differences"].values())
     growth = [
