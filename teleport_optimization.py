@@ -472,6 +472,7 @@ def summarise(part, results):
             "seconds_of_moves": results["move_seconds"][i],
             "moves": len(moves),
             "diverged": np.isnan(loss[arm][-1]).sum(),
+            "above_plain_in_the_end": (loss[arm][-1] > loss["plain"][-1]).sum(),
             "training_loss_in_the_end_less_plains": statistics.paired_difference(
                 results["train_loss"][-1, i], results["train_loss"][-1, 0]
             ),
@@ -521,6 +522,7 @@ def table(summaries):
                     title(part),
                     arm,
                     *(cell(value, "g") for value in entry["reaches"].values()),
+                    str(entry["above_plain_in_the_end"]),
                     plots.interval_text(entry["training_loss_in_the_end_less_plains"]),
                     cell(entry["seconds_of_moves"], ".2f"),
                     cell(1e3 * entry["mean_change_of_loss"], "+.2f"),
@@ -529,7 +531,7 @@ def table(summaries):
                 ]
             )
     header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s"]
-    header += ["final training loss − plain's, 10⁻³", "all moves, s"]
+    header += ["runs that end above plain", "final training loss − plain's, 10⁻³", "all moves, s"]
     header += ["change of the batch's loss in a move, 10⁻³", "of the test loss in the first"]
     header += ["growth of the gradient norm²"]
     return "\n".join([*tables, plots.markdown(header, rows)])

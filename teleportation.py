@@ -37,7 +37,7 @@ def pseudoinverse(h):
 
     That is some ten times as fast as torch.linalg.pinv's singular values, and as accurate for
     matrices of full rank. A member of less rank is named in a warning, and torch.linalg.pinv cuts
-    its small singular values off; so is one that is not finite, whose pseudoinverse is nan.
+    its small singular values off. One that is not finite is named, too; its pseudoinverse is nan.
     """
     d, n = h.shape[-2:]
     if n < d:
@@ -52,7 +52,7 @@ def pseudoinverse(h):
         for runs, what in ((~finite, "finite"), (deficient & finite, "of full rank")):
             if runs.any():
                 named = f"the activations [{d}, {n}] of runs {runs.nonzero().tolist()}"
-                kept = "the group action does not preserve the outputs exactly"
+                kept = "the group action does not preserve their outputs exactly"
                 warnings.warn(f"{named} are not {what}: {kept}", stacklevel=2)
         # not in place, for the sake of derivatives; where a rank is deficient they may be nan
         inverse = torch.where(finite[..., None, None], inverse, torch.nan)
@@ -66,7 +66,7 @@ def group_action(U, V, h, g, activation):
 
     V: [..., d, d_in] acts on h: [..., d_in, n], U: [..., d_out, d] comes above it, g: [..., d, d].
     The pair's outputs on h are kept where σ(gVh) has full column rank, which needs n <= d;
-    elsewhere U' is the least-squares refit of them. Warns and raises as `pseudoinverse` does.
+    elsewhere U' is the least-squares refit of them. Warns as `pseudoinverse` does.
     """
     V_new = g @ V
     return U @ (activation(V @ h) @ pseudoinverse(activation(V_new @ h))), V_new
@@ -76,7 +76,7 @@ def inverse_group_action(U, V, h, g, activation):
     """Act with g through the activation: V' = σ^{-1}(g σ(Vh)) h^+, U' = U g^{-1}; return (U', V').
 
     Shapes are those of `group_action`. The pair's outputs on h are kept where h has full column
-    rank, which needs n <= d_in. Warns and raises as `pseudoinverse` does.
+    rank, which needs n <= d_in. Warns as `pseudoinverse` does.
     """
     V_new = activation.inverse(g @ activation(V @ h)) @ pseudoinverse(h)
     # not torch.linalg.solve, whose nested forward derivatives are wrong in torch 2.13

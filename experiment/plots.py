@@ -55,7 +55,7 @@ def plot_mean(axes, x, values, **style):
     Those that are nan are left out.
     """
     with warnings.catch_warnings():  # where one is left
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", RuntimeWarning)
         mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
     plot_with_band(axes, x, mean, mean - deviation, mean + deviation, **style)
 

@@ -199,7 +199,7 @@ def test_the_table_says_what_made_up_results_say():
     assert "(primary)" not in text
     assert "| kept − plain | −1000.0 [−1000.0, −1000.0] |" in text
     assert "| teleport − reset | +1000.0 [" in text
-    assert "| kept | 4 | 5 | 50 | −500.0 [−500.0, −500.0] | 1.50 | +250.00 | +500.00 |" in text
+    assert "| kept | 4 | 5 | 50 | 0 | −500.0 [−500.0, −500.0] | 1.50 | +250.00 | +500.00 |" in text
 
 
 def test_an_arms_time_is_its_share_of_training_and_its_own_moves(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """The core under a name of its own, for other projects: `pip install -e .` in the repository.
 
+Without -e the files that it reads would not be there. Importing it makes PyTorch flush denormal
+numbers to zero, as importing `models` does.
+
     from parameter_symmetries.module_symmetry import symmetry_of, teleport_module
 
 The core's modules import each other as `models` and `teleportation`. Other projects have modules of
