@@ -452,34 +452,36 @@ def mean(values, otherwise):
     return values.mean() if values.size else otherwise
 
 
+def summarise_arm(i, results):
+    """Return what summary.json says of the i-th arm: how it ends, what its moves do and cost."""
+    own, plain = results["test_loss"][:, i], results["test_loss"][:, 0]
+    moves, at_once = results["moves"][:, i, :4], results["moves"][:1, i, 4:]
+    moves = moves[~np.isnan(moves[:, 0]).all(-1)]
+    before_loss, before_norm, after_loss, after_norm = moves.swapaxes(0, 1)
+    return {
+        "reaches": reach(own, results["seconds"][:, i], plain[-1]),
+        "seconds_of_moves": results["move_seconds"][i],
+        "moves": len(moves),
+        "diverged": np.isnan(own[-1]).sum(),
+        "above_plain_in_the_end": (own[-1] > plain[-1]).sum(),
+        "training_loss_in_the_end_less_plains": statistics.paired_difference(
+            results["train_loss"][-1, i], results["train_loss"][-1, 0]
+        ),
+        "mean_change_of_loss": mean(after_loss - before_loss, 0.0),
+        "mean_growth_of_gradient_norm_squared": mean(after_norm / before_norm, 1.0),
+        "change_of_test_loss_at_first": mean(at_once, None),
+    }
+
+
 def summarise(part, results):
     """Return what summary.json says of a part.
 
     That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of the arms
-    from plain, and for each arm when it reaches plain's final test loss, and what its moves do and
-    cost.
+    from plain, and `summarise_arm` of each arm.
     """
     names = list(results["arms"])
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(names)}
     epochs = sorted({min(epoch, len(loss["plain"])) for epoch in EPOCHS_SHOWN})
-    arms = {}
-    for i, arm in enumerate(names):
-        moves, at_once = results["moves"][:, i, :4], results["moves"][:1, i, 4:]
-        moves = moves[~np.isnan(moves[:, 0]).all(-1)]
-        before_loss, before_norm, after_loss, after_norm = moves.swapaxes(0, 1)
-        arms[arm] = {
-            "reaches": reach(loss[arm], results["seconds"][:, i], loss["plain"][-1]),
-            "seconds_of_moves": results["move_seconds"][i],
-            "moves": len(moves),
-            "diverged": np.isnan(loss[arm][-1]).sum(),
-            "above_plain_in_the_end": (loss[arm][-1] > loss["plain"][-1]).sum(),
-            "training_loss_in_the_end_less_plains": statistics.paired_difference(
-                results["train_loss"][-1, i], results["train_loss"][-1, 0]
-            ),
-            "mean_change_of_loss": mean(after_loss - before_loss, 0.0),
-            "mean_growth_of_gradient_norm_squared": mean(after_norm / before_norm, 1.0),
-            "change_of_test_loss_at_first": mean(at_once, None),
-        }
     pairs = [(arm, "plain") for arm in names[1:]]
     pairs += [("teleport", "reset")] * ({"teleport", "reset"} <= set(names))
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in epochs}
@@ -490,7 +492,7 @@ def summarise(part, results):
         "lr": experiment_of(part)[2].lr,
         "plain": plain,
         "differences": differences,
-        "arms": arms,
+        "arms": {arm: summarise_arm(i, results) for i, arm in enumerate(names)},
     }
 
 
@@ -509,12 +511,9 @@ def table(summaries):
     """Return the test losses and their differences, and what the moves cost, as Markdown."""
     tables, rows = [], []
     for part, summary in summaries.items():
-        differences = {}
-        for pair, after in summary["differences"].items():
-            arm, other = pair.split(" − ")
-            text = plots.arm_text(arm, summary["arms"][arm]["diverged"])
-            differences[f"{text} − {other}"] = after
-        tables.append(plots.difference_table(title(part), summary["plain"], differences))
+        diverged = {arm: entry["diverged"] for arm, entry in summary["arms"].items()}
+        found = summary["plain"], summary["differences"], diverged
+        tables.append(plots.difference_table(title(part), *found))
         for arm, entry in summary["arms"].items():
             at_once = entry["change_of_test_loss_at_first"]
             rows.append(

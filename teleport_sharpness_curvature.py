@@ -213,58 +213,64 @@ def estimate_along(weights, data):
     return [torch.stack(column).mean(0) for column in zip(*rows)]
 
 
+def train_epoch(state, data, experiment, bar):
+    """Return the state of all arms, as `train` saves it, after one epoch more.
+
+    Up to the teleports all arms are one. Raises ValueError where plain SGD diverges.
+    """
+    epoch, begin, device = int(state["steps"]), time.perf_counter(), data.x_train.device
+    weights = models.from_arrays(state, device)
+    diverged = torch.tensor(state["diverged"], device=device)
+    moves = MOVES if epoch == TELEPORT_EPOCH else 0
+    if moves:
+        weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
+        diverged = diverged.repeat(len(ARMS), 1)
+
+    def move_all(k):
+        bar.set_postfix_str(f"teleport {k + 1} of {MOVES}" * (k + 1 < MOVES))
+        return move(weights, data, experiment, k, diverged)
+
+    def train_rows(rows):
+        x, y, lr = data.x_train[rows], data.y_train[rows], experiment.training.lr
+        loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=None)
+        models.replace_diverged(weights, diverged)
+        if diverged[0].any():
+            runs = diverged[0].nonzero().flatten().tolist()
+            raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
+        return loss
+
+    loss, moved = models.epoch_with_moves(len(data.x_train), range(moves), move_all, train_rows)
+    if moves:
+        kept = ~diverged[:, None, None, None]
+        state["moves"] = torch.where(kept, torch.stack(moved), math.nan)
+    seconds = time.perf_counter() - begin
+    test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
+    values = loss, *test, *estimate_along(weights, data)
+    values = (v.masked_fill(diverged, math.nan).expand(len(ARMS), -1) for v in values)
+    state = files.appended(state, seconds=seconds, **dict(zip(CURVES, values)))
+    return state | models.to_arrays(weights) | {"diverged": diverged}
+
+
 def train(data, experiment, runs, path, settings):
     """Train all arms; resume from `path`.
 
     Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch; `moves`
     [MOVES, arms, 2 batches, 2, 3, runs] as `move` returns them; seconds [EPOCHS] of training and
     moves; the weights; and which networks `diverged` [arms, runs]: their curves are nan from then
-    on, and their moves if that was in the epoch of the moves. Up to the teleports all arms are one.
-    Raises UserError where plain SGD diverges.
+    on, and their moves if that was in the epoch of the moves. Raises UserError where plain SGD
+    diverges.
     """
-    (widths, lr), device = experiment.training, data.x_train.device
 
     def start():
-        weights = [w[None] for w in models.init_weights(widths, models.run_seeds(range(runs)))]
+        seeds = models.run_seeds(range(runs))
+        weights = [w[None] for w in models.init_weights(experiment.training.widths, seeds)]
         return models.to_arrays(weights) | {"diverged": np.zeros((1, runs), bool)}
 
     def step(state):
-        epoch, begin = int(state["steps"]), time.perf_counter()
-        weights = models.from_arrays(state, device)
-        diverged = torch.tensor(state["diverged"], device=device)
-        moves = MOVES if epoch == TELEPORT_EPOCH else 0
-        if moves:
-            weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
-            diverged = diverged.repeat(len(ARMS), 1)
-
-        def move_all(k):
-            bar.set_postfix_str(f"teleport {k + 1} of {MOVES}" * (k + 1 < MOVES))
-            return move(weights, data, experiment, k, diverged)
-
-        def train_rows(rows):
-            x, y = data.x_train[rows], data.y_train[rows]
-            loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=None)
-            models.replace_diverged(weights, diverged)
-            if diverged[0].any():
-                runs = diverged[0].nonzero().flatten().tolist()
-                raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
-            return loss
-
         try:
-            loss, moved = models.epoch_with_moves(
-                len(data.x_train), range(moves), move_all, train_rows
-            )
+            return train_epoch(state, data, experiment, bar)
         except ValueError as error:
-            raise files.UserError(f"{data.name}, epoch {epoch}: {error}.") from None
-        if moves:
-            kept = ~diverged[:, None, None, None]
-            state["moves"] = torch.where(kept, torch.stack(moved), math.nan)
-        seconds = time.perf_counter() - begin
-        test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
-        values = loss, *test, *estimate_along(weights, data)
-        values = (v.masked_fill(diverged, math.nan).expand(len(ARMS), runs) for v in values)
-        state = files.appended(state, seconds=seconds, **dict(zip(CURVES, values)))
-        return state | models.to_arrays(weights) | {"diverged": diverged}
+            raise files.UserError(f"{data.name}, epoch {state['steps']}: {error}.") from None
 
     with launch.progress_bar(EPOCHS, "epoch", TITLES[data.name]) as bar:
         return files.resume(path, settings, start, step, EPOCHS, bar)
@@ -357,12 +363,8 @@ def table(summaries):
     """Return the test losses, verdicts on the claims, and what the moves changed, as Markdown."""
     tables, rows = [], []
     for name, summary in summaries.items():
-        differences = {}
-        for pair, after in summary["differences"].items():
-            arm, other = pair.split(" − ")
-            claim = f" (claim: {CLAIMS[arm]})" if arm in CLAIMS else ""
-            differences[f"{plots.arm_text(arm, summary['diverged'][arm])} − {other}{claim}"] = after
-        tables.append(plots.difference_table(TITLES[name], summary["plain"], differences))
+        found = summary["plain"], summary["differences"], summary["diverged"]
+        tables.append(plots.difference_table(TITLES[name], *found, CLAIMS))
         for arm, moves in list(summary["moves"].items())[1:]:
             cells = [
                 f"{v:.3g}".replace("-", "−") for entry in moves.values() for v in entry.values()

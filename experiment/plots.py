@@ -139,15 +139,23 @@ def arm_text(arm, diverged):
     return f"{arm} ({diverged} diverged)" if diverged else arm
 
 
-def difference_table(title, reference, differences):
+def difference_table(title, reference, differences, diverged=(), claims=()):
     """Return a table in Markdown of the test loss of a reference and of differences between arms.
 
-    reference: {epoch: mean test loss}; differences: {row's name: {epoch: `paired_difference`, with
-    a `verdict` or without}}.
+    reference: {epoch: mean test loss}; differences: {"a − b": {epoch: `paired_difference`, with a
+    `verdict` or without}}; diverged: {arm: number of runs}; claims: {arm: what is claimed of it}.
     """
     rows = [["test loss of plain", *(f"{loss:.3f}" for loss in reference.values())]]
-    for name, after in differences.items():
-        rows.append([name, *(f"{interval_text(d)} {d.get('verdict', '')}" for d in after.values())])
+    for pair, after in differences.items():
+        arm, other = pair.split(" − ")
+        name = arm_text(arm, dict(diverged).get(arm, 0))
+        claim = f" (claim: {claims[arm]})" if arm in claims else ""
+        rows.append(
+            [
+                f"{name} − {other}{claim}",
+                *(f"{interval_text(d)} {d.get('verdict', '')}" for d in after.values()),
+            ]
+        )
     header = [f"{title}: differences in 10⁻³", *(f"after epoch {epoch}" for epoch in reference)]
     return markdown(header, [[cell.strip() for cell in row] for row in rows])
 
