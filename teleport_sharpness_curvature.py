@@ -10,6 +10,7 @@ first mini-batches, and go on with SGD. The arms, all runs of which train as one
     plain                                       SGD alone
     sharpness decrease, sharpness increase      teleports on the mean perturbed loss
     curvature decrease, curvature increase      teleports on κ along exp(tM), M random
+    the same four, rescaled                     exact rescalings to the φ or κ that these reach
     random, random in one pair                  moves as long as those of sharpness decrease and of
                                                 curvature increase, in random directions
     refit                                       the pseudoinverse action with g = I alone
@@ -21,7 +22,7 @@ are in figures/generalization/<dataset>.npz.
 """
 
 import math
-import time
+from functools import partial
 from typing import NamedTuple
 
 from experiment import files, launch, plots, statistics
@@ -34,7 +35,9 @@ import models
 from data import TITLES, load_data, shuffled_batch
 from teleportation import (
     RADII,
+    RESCALING,
     act,
+    ascend_to,
     curvature_along,
     estimate,
     random_directions,
@@ -97,7 +100,7 @@ EXPERIMENTS = {
         models.TRAINING["FashionMNIST"], teleports(3e-1, 1e-1, 3e-3, 5e-3), max_tm_norm=1.0
     ),
 }
-DEFAULTS = {"runs": 5}
+DEFAULTS = {"runs": 20}  # published: 5
 ACTIVATION = models.LeakyReLU()
 # on the sample, whose networks are far from a minimum: a tenth of rates, lengths and directions
 SAMPLE_SCALE = 0.1
@@ -107,7 +110,8 @@ TELEPORT_BATCH = 2000
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
 MAX_T_NORM = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
-MEASURED_DIRECTIONS = 10  # for each radius, in what the log says of each teleport
+MEASURED_DIRECTIONS = 3  # for each radius, in what the log says of each teleport
+RESCALING_STEPS, RESCALING_LENGTH = 20, 0.1  # of an ascent to a target, and |T| of a step
 PAIR = 1  # the pair of layers that curvature teleports act on: the second
 ESTIMATION_BATCHES, ESTIMATION_BATCH = 20, 200  # of φ and ψ along training
 
@@ -119,28 +123,49 @@ CLAIMS = {  # of the paper: how the test loss changes
 }
 LITTLE = 0.01  # of plain's final test loss
 CONTROLS = {"sharpness decrease": "random", "curvature increase": "random in one pair"}
+RESCALED = {arm: f"{arm}, rescaled" for arm in CLAIMS}  # move to where that arm's φ or κ is
+CLAIMS |= {rescaled: CLAIMS[arm] for arm, rescaled in RESCALED.items()}
 ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
-COLOURS = [plots.BLACK, plots.BLUE, plots.RED, plots.PURPLE, plots.GREEN, plots.GREY, plots.SKY]
-COLOURS = dict(zip(ARMS, (*COLOURS, plots.ORANGE)))
+COLOURS = plots.BLACK, plots.BLUE, plots.RED, plots.SKY, plots.ORANGE, plots.GREY
 CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
-QUANTITIES = ("loss", "φ", "κ")
+MEASURES = {"sharpness": "φ", "curvature": "κ"}  # what each quantity's arms change
+QUANTITIES = ("loss", *MEASURES.values())
 EPOCHS_SHOWN = (21, 25, 40)
 
 
 # Computation
 
 
-def loss_sharpness_curvature(weights, x, y, M, k):
-    """Return loss, φ and κ along exp(tM) of each network, [3, ...], on a batch, for the k-th move.
+def measures(x, y, M, k):
+    """Return {QUANTITIES: functions weights -> [...]} of networks on a batch, for the k-th move.
 
-    Before a move and after it they are measured with the same draws.
+    They are the loss, φ and κ along exp(tM), before a move and after it with the same draws.
     """
-    widths = [len(x), *(w.shape[-2] for w in weights)]
-    rng = torch.Generator().manual_seed(models.SEED + k)
-    directions = random_directions(widths, np.repeat(TELEPORT_RADII, MEASURED_DIRECTIONS), rng)
-    phi = sharpness(weights, x, y, [d.to(x) for d in directions], ACTIVATION)
-    kappa, _ = curvature_along(weights, x, M, PAIR, ACTIVATION)
-    return torch.stack([models.cross_entropy(weights, x, y, ACTIVATION), phi, kappa])
+
+    def phi(weights):
+        widths = [len(x), *(w.shape[-2] for w in weights)]
+        rng = torch.Generator().manual_seed(models.SEED + k)
+        directions = random_directions(widths, np.repeat(TELEPORT_RADII, MEASURED_DIRECTIONS), rng)
+        return sharpness(weights, x, y, [d.to(x) for d in directions], ACTIVATION)
+
+    def kappa(weights):
+        return curvature_along(weights, x, M, PAIR, ACTIVATION)[0]
+
+    return {
+        "loss": partial(models.cross_entropy, x=x, y=y, activation=ACTIVATION),
+        "φ": phi,
+        "κ": kappa,
+    }
+
+
+def rescale(weights, x, measure, targets):
+    """Return networks rescaled until a measure of theirs has reached targets: [runs], if it can.
+
+    Their functions are kept. A network whose target is not finite stays as it is.
+    """
+    targets = torch.where(targets.isfinite(), targets, measure(weights))
+    how = x, RESCALING_LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
+    return ascend_to(targets, measure, weights, *how)[0]
 
 
 def teleport_pair(weights, x, y, experiment, quantity, k, M):
@@ -148,7 +173,7 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
 
     Returns {arm: (weights, group elements of the pairs acted on)} for those that move.
     """
-    arms = [a for a in CLAIMS if a.startswith(quantity) and k < experiment.teleports[a].number]
+    arms = [a for a in RESCALED if a.startswith(quantity) and k < experiment.teleports[a].number]
     if not arms:
         return {}
     settings = [experiment.teleports[arm] for arm in arms]
@@ -168,6 +193,22 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
     return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
 
 
+def control_elements(weights, teleported, rng):
+    """Return {arm: group elements} of the controls of the arms in `teleported`, and of refit.
+
+    teleported: as `teleport_pair` returns them; weights: [arms, runs, d_{m+1}, d_m].
+    """
+    runs = weights[0].shape[1]
+    identities = [torch.eye(w.shape[-2]).to(w).repeat(runs, 1, 1) for w in weights[:-1]]
+    elements = {"refit": identities}
+    if "sharpness decrease" in teleported:
+        elements["random"] = random_group_elements(teleported["sharpness decrease"][1], rng)
+    if "curvature increase" in teleported:
+        (drawn,) = random_group_elements(teleported["curvature increase"][1], rng)
+        elements["random in one pair"] = [*identities[:PAIR], drawn, *identities[PAIR + 1 :]]
+    return elements
+
+
 @torch.no_grad()
 def move(weights, data, experiment, k, diverged):
     """Give each arm its k-th move, in place; weights: [arms, runs, d_{m+1}, d_m].
@@ -180,29 +221,30 @@ def move(weights, data, experiment, k, diverged):
     batches = [(x, y), shuffled_batch(data, TELEPORT_BATCH, MOVES + k)]
     rng = torch.Generator().manual_seed(models.SEED + k)
     M = torch.rand(d, d, generator=rng).to(x)
-    before = [loss_sharpness_curvature(weights, *batch, M, k) for batch in batches]
+    measured = [measures(*batch, M, k) for batch in batches]
 
-    moved = {}
-    for quantity in ("sharpness", "curvature"):
-        moved |= teleport_pair(weights, x, y, experiment, quantity, k, M)
-    runs = weights[0].shape[1]
-    identities = [torch.eye(w.shape[-2]).to(x).repeat(runs, 1, 1) for w in weights[:-1]]
-    elements = {"refit": identities}
-    if "sharpness decrease" in moved:
-        elements["random"] = random_group_elements(moved["sharpness decrease"][1], rng)
-    if "curvature increase" in moved:
-        (drawn,) = random_group_elements(moved["curvature increase"][1], rng)
-        elements["random in one pair"] = [*identities[:PAIR], drawn, *identities[PAIR + 1 :]]
-    for arm, g in elements.items():
-        moved[arm] = act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION), g
+    def measure():
+        return torch.stack(
+            [torch.stack([f(weights) for f in of_batch.values()]) for of_batch in measured]
+        )
 
-    for arm, (new, _) in moved.items():
+    def give(arm, new):
         for w, own in zip(weights, new):
             w[ARMS.index(arm)] = own
+
+    before = measure()
+    teleported = {}
+    for quantity in MEASURES:
+        teleported |= teleport_pair(weights, x, y, experiment, quantity, k, M)
+    for arm, (new, _) in teleported.items():
+        f = measured[0][MEASURES[arm.split()[0]]]
+        targets = f(new).masked_fill(diverged[ARMS.index(arm)], math.nan)
+        give(arm, new)
+        give(RESCALED[arm], rescale([w[ARMS.index(RESCALED[arm])] for w in weights], x, f, targets))
+    for arm, g in control_elements(weights, teleported, rng).items():
+        give(arm, act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION))
     models.replace_diverged(weights, diverged)
-    after = [loss_sharpness_curvature(weights, *batch, M, k) for batch in batches]
-    both = torch.stack([torch.stack(pair) for pair in zip(before, after)])  # [2, 2, 3, arms, runs]
-    return both.permute(3, 0, 1, 2, 4)
+    return torch.stack([before, measure()], 1).permute(3, 0, 1, 2, 4)
 
 
 def estimate_along(weights, data):
@@ -213,65 +255,92 @@ def estimate_along(weights, data):
     return [torch.stack(column).mean(0) for column in zip(*rows)]
 
 
-def train_epoch(state, data, experiment, bar):
+def train_rows(weights, diverged, data, experiment, rows):
+    """Train in place on a slice of the images; return the mean loss [arms, runs].
+
+    Raises ValueError where plain SGD diverges.
+    """
+    x, y, lr = data.x_train[rows], data.y_train[rows], experiment.training.lr
+    loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=None)
+    models.replace_diverged(weights, diverged)
+    if diverged[0].any():
+        runs = diverged[0].nonzero().flatten().tolist()
+        raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
+    return loss
+
+
+def networks(state, device):
+    """Return the weights of a saved state, [arms, runs, …], and which have diverged."""
+    return models.from_arrays(state, device), torch.tensor(state["diverged"], device=device)
+
+
+def to_state(weights, diverged):
+    """Return what `networks` takes, as arrays to be saved."""
+    return models.to_arrays(weights) | {"diverged": diverged}
+
+
+def begin_teleports(state):
+    """Return the state before the first move: all arms go on from plain SGD's networks."""
+    weights, diverged = networks(state, "cpu")
+    weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
+    return to_state(weights, diverged.repeat(len(ARMS), 1))
+
+
+def teleport_once(state, data, experiment):
+    """Return the state after one move of each arm that is due and the mini-batch that follows."""
+    k, (weights, diverged) = int(state["steps"]), networks(state, data.x_train.device)
+    moved = move(weights, data, experiment, k, diverged)
+    rows = slice(k * models.BATCH, (k + 1) * models.BATCH)
+    loss = train_rows(weights, diverged, data, experiment, rows)
+    return files.appended(state, moves=moved, losses=loss) | to_state(weights, diverged)
+
+
+def train_epoch(state, data, experiment, teleported):
     """Return the state of all arms, as `train` saves it, after one epoch more.
 
-    Up to the teleports all arms are one. Raises ValueError where plain SGD diverges.
+    Up to the teleports all arms are one. teleported(state) returns the state after them.
     """
-    epoch, begin, device = int(state["steps"]), time.perf_counter(), data.x_train.device
-    weights = models.from_arrays(state, device)
-    diverged = torch.tensor(state["diverged"], device=device)
-    moves = MOVES if epoch == TELEPORT_EPOCH else 0
-    if moves:
-        weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
-        diverged = diverged.repeat(len(ARMS), 1)
-
-    def move_all(k):
-        bar.set_postfix_str(f"teleport {k + 1} of {MOVES}" * (k + 1 < MOVES))
-        return move(weights, data, experiment, k, diverged)
-
-    def train_rows(rows):
-        x, y, lr = data.x_train[rows], data.y_train[rows], experiment.training.lr
-        loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=None)
-        models.replace_diverged(weights, diverged)
-        if diverged[0].any():
-            runs = diverged[0].nonzero().flatten().tolist()
-            raise ValueError(f"plain SGD's networks {runs} diverge: it needs a lower lr")
-        return loss
-
-    loss, moved = models.epoch_with_moves(len(data.x_train), range(moves), move_all, train_rows)
-    if moves:
-        kept = ~diverged[:, None, None, None]
-        state["moves"] = torch.where(kept, torch.stack(moved), math.nan)
-    seconds = time.perf_counter() - begin
+    batches, first, losses = -(-len(data.x_train) // models.BATCH), 0, 0
+    if state["steps"] == TELEPORT_EPOCH:
+        after = teleported(state)
+        first, losses = MOVES, after.pop("losses").sum(0)
+        kept = ~after["diverged"][:, None, None, None]
+        state = state | after | {"moves": np.where(kept, after["moves"], math.nan)}
+    weights, diverged = networks(state, data.x_train.device)
+    rest = train_rows(weights, diverged, data, experiment, slice(first * models.BATCH, None))
+    loss = (torch.as_tensor(losses).to(rest) + (batches - first) * rest) / batches
     test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
     values = loss, *test, *estimate_along(weights, data)
     values = (v.masked_fill(diverged, math.nan).expand(len(ARMS), -1) for v in values)
-    state = files.appended(state, seconds=seconds, **dict(zip(CURVES, values)))
-    return state | models.to_arrays(weights) | {"diverged": diverged}
+    return files.appended(state, **dict(zip(CURVES, values))) | to_state(weights, diverged)
 
 
 def train(data, experiment, runs, path, settings):
-    """Train all arms; resume from `path`.
+    """Train all arms; resume from `path`, or in the midst of the teleports from a file beside it.
 
     Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch; `moves`
-    [MOVES, arms, 2 batches, 2, 3, runs] as `move` returns them; seconds [EPOCHS] of training and
-    moves; the weights; and which networks `diverged` [arms, runs]: their curves are nan from then
-    on, and their moves if that was in the epoch of the moves. Raises UserError where plain SGD
-    diverges.
+    [MOVES, arms, 2 batches, 2, 3, runs] as `move` returns them; the weights; and which networks
+    `diverged` [arms, runs]: their curves are nan from then on, and their moves if that was in the
+    course of the moves. Raises UserError where plain SGD diverges.
     """
 
     def start():
         seeds = models.run_seeds(range(runs))
         weights = [w[None] for w in models.init_weights(experiment.training.widths, seeds)]
-        return models.to_arrays(weights) | {"diverged": np.zeros((1, runs), bool)}
+        return to_state(weights, np.zeros((1, runs), bool))
+
+    def teleported(state):
+        course = partial(begin_teleports, state), partial(teleport_once, **given), MOVES
+        with launch.progress_bar(MOVES, "teleport", TITLES[data.name]) as bar:
+            return files.resume(path.with_stem(f"{path.stem}-teleports"), settings, *course, bar)
 
     def step(state):
         try:
-            return train_epoch(state, data, experiment, bar)
+            return train_epoch(state, teleported=teleported, **given)
         except ValueError as error:
             raise files.UserError(f"{data.name}, epoch {state['steps']}: {error}.") from None
 
+    given = {"data": data, "experiment": experiment}
     with launch.progress_bar(EPOCHS, "epoch", TITLES[data.name]) as bar:
         return files.resume(path, settings, start, step, EPOCHS, bar)
 
@@ -288,7 +357,7 @@ def log(name, args):
     course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, MAX_T_NORM
     course += (models.DIVERGED_WEIGHT,)
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
-    measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS
+    measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS, RESCALING_STEPS, RESCALING_LENGTH
     settings |= dict(course=course, estimates=estimates, measured=measured)
     settings |= dict(activation=str(ACTIVATION))
     folder = args.output / "logs" / "generalization"
@@ -306,7 +375,7 @@ def collect(name, args):
     """Return what `train` returns, but for the weights, its settings and the log it is from."""
     _, path, settings = log(name, args)
     state = files.load_steps(path, settings, EPOCHS)
-    keys = (*CURVES, "moves", "seconds", "diverged")
+    keys = (*CURVES, "moves", "diverged")
     return settings, {"arms": ARMS} | {key: state[key] for key in keys}, path
 
 
@@ -334,7 +403,7 @@ def summarise(_, results):
 
     That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of arms to
     plain and to their control with the verdicts on the CLAIMS, how many networks of each arm
-    diverged, and how its moves changed loss, φ and κ in all.
+    diverged, how many moved, and how its moves changed loss, φ and κ in all.
     """
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in EPOCHS_SHOWN}
@@ -349,12 +418,9 @@ def summarise(_, results):
         change = results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
         own, fresh = np.nanmean(change, -1).sum(0)  # [3] each
         first = np.nanmean(results["moves"][0, i, 0, 0], -1)
-        quantities = (
-            ("before", first),
-            ("change_on_their_batches", own),
-            ("on_fresh_batches", fresh),
-        )
-        moves[arm] = {key: dict(zip(QUANTITIES, values)) for key, values in quantities}
+        changes = {"before": first, "change_on_their_batches": own, "on_fresh_batches": fresh}
+        moves[arm] = {key: dict(zip(QUANTITIES, values)) for key, values in changes.items()}
+        moves[arm]["networks"] = (change[:, 0] != 0).any((0, 1)).sum()
     diverged = dict(zip(ARMS, results["diverged"].sum(1)))
     return {"plain": plain, "differences": differences, "diverged": diverged, "moves": moves}
 
@@ -366,11 +432,10 @@ def table(summaries):
         found = summary["plain"], summary["differences"], summary["diverged"]
         tables.append(plots.difference_table(TITLES[name], *found, CLAIMS))
         for arm, moves in list(summary["moves"].items())[1:]:
-            cells = [
-                f"{v:.3g}".replace("-", "−") for entry in moves.values() for v in entry.values()
-            ]
-            rows.append([f"{TITLES[name]}, {arm}", *cells])
-    header = ["all moves of an arm", *(f"{q} before" for q in QUANTITIES)]
+            *changes, networks = moves.values()
+            cells = [f"{v:.3g}".replace("-", "−") for entry in changes for v in entry.values()]
+            rows.append([f"{TITLES[name]}, {arm}", str(networks), *cells])
+    header = ["all moves of an arm", "networks moved", *(f"{q} before" for q in QUANTITIES)]
     header += [f"change of {q}, {where}" for where in ("own batch", "fresh") for q in QUANTITIES]
     return "\n".join([*tables, plots.markdown(header, rows)])
 
@@ -378,35 +443,42 @@ def table(summaries):
 # Figures
 
 
+def arms_of(quantity):
+    """Return {arm: colour} of those on a quantity, with plain before and the control after them."""
+    arms = [arm for arm in CLAIMS if arm.startswith(quantity)]
+    controls = [CONTROLS[arm] for arm in arms if arm in CONTROLS]
+    return dict(zip(["plain", *arms, *controls], COLOURS))
+
+
 def draw_quantities(name, results, path):
-    """Draw φ and ψ along training for all arms, means over runs."""
+    """Draw φ and ψ along training, each for its arms, means over runs."""
     figure = Figure(figsize=(8.4, 3.4))
-    for axes, curve, symbol in zip(figure.subplots(1, 2), ("sharpness", "curvature"), "φψ"):
-        for i, arm in enumerate(ARMS):
-            values = np.nanmean(results[curve][TELEPORT_EPOCH - 5 :, i], 1)
+    for axes, (quantity, symbol) in zip(
+        figure.subplots(1, 2), (("sharpness", "φ"), ("curvature", "ψ"))
+    ):
+        for arm, colour in arms_of(quantity).items():
+            values = np.nanmean(results[quantity][TELEPORT_EPOCH - 5 :, ARMS.index(arm)], 1)
             epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
-            axes.plot(epochs, values, color=COLOURS[arm], label=arm)
+            axes.plot(epochs, values, color=colour, label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
-        axes.set(title=TITLES[name], xlabel="epoch", ylabel=f"{curve} {symbol}")
-    plots.legend_beside(axes)
+        axes.set(title=TITLES[name], xlabel="epoch", ylabel=f"{quantity} {symbol}")
+        axes.legend(fontsize="x-small", frameon=False)
     figure.tight_layout()
     plots.save_figure(figure, path)
 
 
 def draw(name, results, _, folder):
-    """Draw Figure 4: a quantity's arms; and in the panel of differences their controls, too."""
-    for quantity in ("sharpness", "curvature"):
-        arms = ["plain", *(arm for arm in CLAIMS if arm.startswith(quantity))]
-        controls = [CONTROLS[arm] for arm in arms if arm in CONTROLS]
+    """Draw Figure 4: a quantity's arms; and in the panel of differences rescalings and controls."""
+    for quantity in MEASURES:
         curves, loss = {}, results["test_loss"]
-        for arm in (*arms, *controls):
+        for arm, colour in arms_of(quantity).items():
             i = ARMS.index(arm)
             key = plots.arm_text(arm, results["diverged"][i].sum())
-            curves[key] = COLOURS[arm], results["train_loss"][:, i], loss[:, i]
-        controls = list(curves)[len(arms) :]
+            curves[key] = colour, results["train_loss"][:, i], loss[:, i]
         course = TITLES[name], 1 + np.arange(EPOCHS), curves, loss[:, 0]
         shown = TELEPORT_EPOCH - 1, EPOCHS
-        plots.draw_arms(folder / f"{name}_{quantity}", *course, controls, shown)
+        # plain and the published arms come first
+        plots.draw_arms(folder / f"{name}_{quantity}", *course, list(curves)[3:], shown)
     draw_quantities(name, results, folder / f"{name}_sharpness_and_curvature_along_training")
 
 

@@ -13,7 +13,7 @@ import torch
 
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
-from models import LeakyReLU, cross_entropy, init_weights, train_epoch_sgd
+from models import LeakyReLU, cross_entropy, forward, init_weights, train_epoch_sgd
 from teleportation import act, curvature_along
 
 MNIST = script.EXPERIMENTS["MNIST"]
@@ -23,7 +23,7 @@ NONE = torch.zeros(len(script.ARMS), 2, dtype=bool)  # has diverged
 
 @pytest.fixture
 def short(monkeypatch):
-    """A shorter course: 15 epochs, teleports in the 13th, few directions."""
+    """A shorter course: 15 epochs, three teleports in the 13th, few directions."""
     monkeypatch.setattr(script, "EPOCHS", 15)
     monkeypatch.setattr(script, "TELEPORT_EPOCH", 12)
     monkeypatch.setattr(script, "EPOCHS_SHOWN", (13, 14, 15))
@@ -31,6 +31,8 @@ def short(monkeypatch):
     monkeypatch.setattr(script, "ESTIMATION_BATCHES", 2)
     monkeypatch.setattr(script, "TELEPORT_BATCH", 300)
     monkeypatch.setattr(script, "MEASURED_DIRECTIONS", 2)
+    monkeypatch.setattr(script, "RESCALING_STEPS", 4)
+    monkeypatch.setattr(script, "MOVES", 3)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(short, tmp_path
 
 def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypatch):
     whole, original = train(tmp_path / "whole.npz"), files.save
-    for stop in (11, 14):  # before the teleports and after them
+    for stop in (11, 14, 17):  # before the teleports, between them, after them
         saves = []
 
         def save(*arguments, stop=stop, saves=saves):
@@ -96,7 +98,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypa
         monkeypatch.setattr(files, "save", original)
         resumed = train(tmp_path / f"cut{stop}.npz")
         assert resumed.keys() == whole.keys()
-        for key in whole.keys() - {"seconds"}:
+        for key in whole:
             np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
 
 
@@ -121,6 +123,33 @@ def test_a_move_is_what_the_log_says(short, trained):
     phi = moves[:, 0, :, 1].mean(-1)  # on the teleport's batch: [arms, before and after]
     change = dict(zip(script.ARMS, (phi[:, 1] - phi[:, 0]).tolist()))
     assert change["sharpness decrease"] < 0 < change["sharpness increase"]
+
+
+def test_rescaled_arms_go_where_their_partners_are(short, trained, monkeypatch):
+    monkeypatch.setattr(script, "RESCALING_STEPS", 20)
+    data, weights = load_sample("MNIST"), [w.clone() for w in trained]
+    moves = dict(zip(script.ARMS, script.move(weights, data, MNIST, 0, NONE)))
+    for arm, rescaled in script.RESCALED.items():
+        own = [w[script.ARMS.index(rescaled)] for w in weights]
+        expected = forward([w[0] for w in trained], data.x_test.T, LeakyReLU())
+        torch.testing.assert_close(
+            forward(own, data.x_test.T, LeakyReLU()), expected, rtol=1e-4, atol=1e-4
+        )
+        measure = script.QUANTITIES.index(script.MEASURES[arm.split()[0]])
+        start, partner = moves[arm][0, :, measure]
+        reached = moves[rescaled][0, 1, measure]
+        assert ((reached - start) * (partner - start) > 0).all(), rescaled  # the same direction
+        if arm != "sharpness decrease":  # φ can't fall as far without the loss
+            assert ((reached - partner).abs() < 0.1 * (partner - start).abs()).all(), arm
+
+
+def test_a_network_without_a_target_stays(trained):
+    weights = [w[0] for w in trained]
+    targets = torch.tensor([torch.nan, 50.0])
+    new = script.rescale(weights, torch.eye(784)[:, :9], lambda w: w[2].sum((-2, -1)), targets)
+    for before, after in zip(weights, new):
+        torch.testing.assert_close(before[0], after[0])
+    assert (weights[2][1] - new[2][1]).abs().max() > 1e-3
 
 
 def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
@@ -161,10 +190,12 @@ def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_pat
     expected = NONE.numpy().copy()
     expected[arm, 1] = True
     np.testing.assert_array_equal(state["diverged"], expected)
+    others = ~expected
+    others[script.ARMS.index("curvature decrease, rescaled"), 1] = False  # had another target
     for curve in script.CURVES:
         np.testing.assert_array_equal(np.isnan(state[curve][12:]), np.tile(expected, (3, 1, 1)))
         assert not np.isnan(state[curve][:12]).any()
-        np.testing.assert_allclose(state[curve][12:, ~expected], whole[curve][12:, ~expected], 1e-4)
+        np.testing.assert_allclose(state[curve][12:, others], whole[curve][12:, others], 1e-4)
     summary = script.summarise("MNIST", state)
     assert summary["diverged"]["curvature decrease"] == 1
     assert np.isnan(summary["differences"]["curvature decrease − plain"][13]["low"])
@@ -259,6 +290,7 @@ def test_the_summary_says_what_made_up_results_say():
             "before": {"loss": 5, "φ": 6, "κ": 7},
             "change_on_their_batches": pytest.approx({"loss": 10, "φ": 20, "κ": 30}),
             "on_fresh_batches": pytest.approx({"loss": 5, "φ": 10, "κ": 15}),
+            "networks": runs,
         }
     verdicts = {
         pair: after[40]["verdict"]
@@ -270,14 +302,18 @@ def test_the_summary_says_what_made_up_results_say():
         "sharpness increase − plain": "holds",
         "curvature decrease − plain": "holds",
         "curvature increase − plain": "opposite",
+        "sharpness decrease, rescaled − plain": "does not hold",
+        "sharpness increase, rescaled − plain": "holds",
+        "curvature decrease, rescaled − plain": "holds",
+        "curvature increase, rescaled − plain": "opposite",
         "sharpness decrease − random": "does not hold",
         "curvature increase − random in one pair": "holds",
     }
-    # sharpness decrease is 1 above plain and 4 below its control, random
-    assert summary["differences"]["sharpness decrease − random"][40]["mean"] == pytest.approx(-4)
+    # sharpness decrease is 1 above plain and 8 below its control, random
+    assert summary["differences"]["sharpness decrease − random"][40]["mean"] == pytest.approx(-8)
     text = script.table({"MNIST": summary})
     row = "| sharpness decrease − plain (claim: changes little) | +1000.0 [+1000.0, +1000.0]"
-    assert row in text and "| refit − plain | +7000.0 [" in text
-    assert "| MNIST, refit | 5 | 6 | 7 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
+    assert row in text and "| refit − plain | +11000.0 [" in text
+    assert "| MNIST, refit | 3 | 5 | 6 | 7 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| MNIST, ")]
     assert len(rows) == arms - 1  # plain does not move
