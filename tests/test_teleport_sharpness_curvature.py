@@ -1,5 +1,6 @@
 """teleport_sharpness_curvature.py: its arms, its measurements, and the script on the sample."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -21,18 +22,30 @@ SETTINGS = {"runs": 2}
 NONE = torch.zeros(len(script.ARMS), 2, dtype=bool)  # has diverged
 
 
+@contextlib.contextmanager
+def shorter_course():
+    """15 epochs, three teleports in the 13th, few directions."""
+    settings = {"EPOCHS": 15, "TELEPORT_EPOCH": 12, "EPOCHS_SHOWN": (13, 14, 15), "MOVES": 3}
+    settings |= {"ESTIMATION_BATCHES": 2, "TELEPORT_BATCH": 300}
+    settings |= {"MEASURED_DIRECTIONS": 2, "RESCALING_STEPS": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(directions=2))
+        for name, value in settings.items():
+            patch.setattr(script, name, value)
+        yield
+
+
 @pytest.fixture
-def short(monkeypatch):
-    """A shorter course: 15 epochs, three teleports in the 13th, few directions."""
-    monkeypatch.setattr(script, "EPOCHS", 15)
-    monkeypatch.setattr(script, "TELEPORT_EPOCH", 12)
-    monkeypatch.setattr(script, "EPOCHS_SHOWN", (13, 14, 15))
-    monkeypatch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(directions=2))
-    monkeypatch.setattr(script, "ESTIMATION_BATCHES", 2)
-    monkeypatch.setattr(script, "TELEPORT_BATCH", 300)
-    monkeypatch.setattr(script, "MEASURED_DIRECTIONS", 2)
-    monkeypatch.setattr(script, "RESCALING_STEPS", 4)
-    monkeypatch.setattr(script, "MOVES", 3)
+def short():
+    with shorter_course():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run of the shorter course returns."""
+    with shorter_course():
+        return train(tmp_path_factory.mktemp("whole") / "whole.npz")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +76,8 @@ def test_published_teleports():
     assert MNIST.directions == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
 
 
-def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(short, tmp_path):
-    state = train(tmp_path / "whole.npz")
-    loss = {arm: state["test_loss"][:, i] for i, arm in enumerate(script.ARMS)}
+def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(whole):
+    loss = {arm: whole["test_loss"][:, i] for i, arm in enumerate(script.ARMS)}
     for arm in script.ARMS:
         np.testing.assert_array_equal(loss[arm][:12], loss["plain"][:12])
         if arm not in ("plain", "refit"):
@@ -78,12 +90,12 @@ def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(short, tmp_path
         expected = train_epoch_sgd(
             weights, data.x_train, data.y_train, MNIST.training.lr, LeakyReLU()
         )
-        np.testing.assert_allclose(state["train_loss"][epoch, 0], expected, rtol=1e-4)
+        np.testing.assert_allclose(whole["train_loss"][epoch, 0], expected, rtol=1e-4)
 
 
-def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypatch):
-    whole, original = train(tmp_path / "whole.npz"), files.save
-    for stop in (11, 14, 17):  # before the teleports, between them, after them
+def test_an_interrupted_run_ends_with_the_same_numbers(short, whole, tmp_path, monkeypatch):
+    original = files.save
+    for stop in (11, 3, 3):  # before the teleports, between them, after them
         saves = []
 
         def save(*arguments, stop=stop, saves=saves):
@@ -94,12 +106,12 @@ def test_an_interrupted_run_ends_with_the_same_numbers(short, tmp_path, monkeypa
 
         monkeypatch.setattr(files, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / f"cut{stop}.npz")
-        monkeypatch.setattr(files, "save", original)
-        resumed = train(tmp_path / f"cut{stop}.npz")
-        assert resumed.keys() == whole.keys()
-        for key in whole:
-            np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+            train(tmp_path / "cut.npz")
+    monkeypatch.setattr(files, "save", original)
+    resumed = train(tmp_path / "cut.npz")
+    assert resumed.keys() == whole.keys()
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
 
 
 def test_a_move_is_what_the_log_says(short, trained):
@@ -175,7 +187,9 @@ def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
     torch.testing.assert_close(in_one_pair[1], (g - torch.eye(10)).norm(dim=(-2, -1)))
 
 
-def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_path, monkeypatch):
+def test_a_network_that_diverges_is_left_out_and_the_others_go_on(
+    short, whole, tmp_path, monkeypatch
+):
     teleport = script.teleport_curvature
 
     def run_away(weights, *arguments):
@@ -183,7 +197,6 @@ def test_a_network_that_diverges_is_left_out_and_the_others_go_on(short, tmp_pat
         new[1][0, 1] = 1e30  # of curvature decrease, the second network
         return new, g
 
-    whole = train(tmp_path / "whole.npz")
     monkeypatch.setattr(script, "teleport_curvature", run_away)
     state = train(tmp_path / "diverged.npz")
     arm = script.ARMS.index("curvature decrease")
