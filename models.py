@@ -7,8 +7,7 @@ stack see the same mini-batches in the same order.
 """
 
 import warnings
-from itertools import pairwise, starmap
-from math import ceil
+from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
 
@@ -282,23 +281,6 @@ def replace_diverged(weights, diverged):
         healthy = tuple((~diverged).nonzero()[0])
         for w in weights:
             w.copy_(torch.where(diverged[..., None, None], w[healthy].clone(), w))
-
-
-def epoch_with_moves(images, at, move, train, batch_size=BATCH):
-    """Train for one epoch of so many images, with a move before each of some mini-batches.
-
-    move(k) is called before the k-th mini-batch for each k in `at`, and train(rows) returns the
-    mean training loss [...] over a slice of the images that no move interrupts. Returns the mean
-    loss over the epoch, and a list of what the moves returned.
-    """
-    starts = sorted({0, *at})
-    ends = [*(batch_size * k for k in starts), images]
-    total, moved = 0, []
-    for k, rows in zip(starts, starmap(slice, pairwise(ends))):
-        if k in at:
-            moved.append(move(k))
-        total = total + ceil((rows.stop - rows.start) / batch_size) * train(rows)
-    return total / ceil(images / batch_size), moved
 
 
 @torch.no_grad()
