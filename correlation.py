@@ -131,7 +131,7 @@ def excess_loss(weights, x, y, k):
 
     All radii share a direction. The difference may be of the order of t²: double precision.
     """
-    widths, rng = [len(x), *(w.shape[-2] for w in weights)], torch.Generator().manual_seed(k)
+    widths, rng = models.widths_of(weights), torch.Generator().manual_seed(k)
     q, x = torch.linalg.qr(x.double())  # as in `estimate`
     weights = [weights[0].double() @ q, *(w.double() for w in weights[1:])]
     loss, t = models.cross_entropy(weights, x, y, ACTIVATION), torch.as_tensor(SWEEP).to(x)
@@ -156,13 +156,13 @@ def sweep_stack(data, weights, path, settings, bar):
     return files.resume(path, settings, dict, step, SWEEP_BATCHES, bar, SAVE_EVERY)
 
 
-def rescale(weights, x, y, radii, sphere):
+def rescale_to_extremes(weights, x, y, radii, sphere):
     """Move networks [runs] as far as RESCALING_STEPS go, to less and to more of φ, then of ψ.
 
     Returns them [4, runs]. φ is that of the batch x: [d_0, n], y: [n], ψ of its first images.
     """
     n = ESTIMATION_BATCH
-    widths, rng = [len(x), *(w.shape[-2] for w in weights)], torch.Generator().manual_seed(0)
+    widths, rng = models.widths_of(weights), torch.Generator().manual_seed(0)
     directions = [d.to(x) for d in mirrored(widths, radii, rng, sphere)]
     generators = zip(*(random_generators(widths, rng) for _ in radii))
     generators = [torch.stack(Ms).to(x) for Ms in generators]
@@ -187,15 +187,17 @@ def rescale(weights, x, y, radii, sphere):
 
 
 def rescaled_stack(data, weights, sphere, path, settings, bar):
-    """Return ESTIMATES [5, RESCALED] of a stack's first networks: as they are, and `rescale`d.
+    """Return ESTIMATES [5, RESCALED] of a stack's first networks: as they are, and rescaled.
 
-    They are means over the first RESCALED_BATCHES batches; `rescale` sees later images.
+    They are means over the first RESCALED_BATCHES batches; the rescaling sees later images.
     """
 
     def step(state):
         few, radii = [w[:RESCALED] for w in weights], RADII[data.name]
         batches = [shuffled_batch(data, ESTIMATION_BATCH, k) for k in range(RESCALED_BATCHES)]
-        moved = rescale(few, *shuffled_batch(data, RESCALING_BATCH, 3), radii[2::8], sphere)
+        moved = rescale_to_extremes(
+            few, *shuffled_batch(data, RESCALING_BATCH, 3), radii[2::8], sphere
+        )
         few = [torch.cat([w[None], new]) for w, new in zip(few, moved)]
         rows = [estimate(few, *b, radii, k, ACTIVATION, sphere) for k, b in enumerate(batches)]
         return {key: torch.stack(row).mean(0) for key, row in zip(ESTIMATES, zip(*rows))}
@@ -285,7 +287,10 @@ def collect(name, args):
 
 
 def beyond_chance(r, p, claimed):
-    """Return in words what a correlation is evidence of; p: Holm's; claimed: its sign, claimed."""
+    """Return in words what a correlation r shows.
+
+    p: adjusted by Holm's method; claimed: the sign of r that the paper claims, 1 or −1.
+    """
     low, high = r["interval"]
     if low <= 0 <= high:
         return "no evidence"

@@ -143,7 +143,7 @@ def load_data(name, args):
 
 
 def shuffled_batch(dataset, size, k):
-    """Return the k-th batch of training images, x: [d, n] with a column a sample, and y: [n].
+    """Return the k-th batch of training images, x: [d, n] one column per sample, and y: [n].
 
     Batches are drawn without replacement from a shuffled order, which is shuffled again when it
     runs out; n is `size`, or all images of a smaller dataset.

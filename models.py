@@ -1,6 +1,6 @@
 """Multilayer perceptrons without biases, as stacks of runs, and how they are trained.
 
-Weights are a list, W[m]: [..., d_{m+1}, d_m]. Activations are [..., d, n], a column a sample:
+Weights are a list, W[m]: [..., d_{m+1}, d_m]. Activations are [..., d, n], one column per sample:
 h_0 = X, h_m = σ(W_m h_{m-1}), and the logits are W_L h_{L-1}. Leading dimensions are runs: every
 function treats each index of them alone, so that a hundred networks train as one. All runs of a
 stack see the same mini-batches in the same order.
@@ -115,6 +115,11 @@ def init_weights(widths, seeds):
         k = 1 / fan_in**0.5
         weights.append(2 * k * torch.rand(fan_out, fan_in, generator=rng) - k)
     return weights
+
+
+def widths_of(weights):
+    """Return the widths d_0 … d_L of networks."""
+    return [weights[0].shape[-1], *(w.shape[-2] for w in weights)]
 
 
 def to_arrays(weights):

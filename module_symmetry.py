@@ -266,7 +266,7 @@ def gradient_norm(model, loss, inputs, targets):
 
 
 def mean_perturbed_loss(model, loss, inputs, targets, radii, seed=0):
-    """Return the objective φ (Eq. 4) of the parameters, one direction of the sphere a radius.
+    """Return the objective φ (Eq. 4) of the parameters, one direction on the sphere per radius.
 
     Every evaluation takes the same directions, those of `seed`, over all parameters.
     """

@@ -22,7 +22,7 @@ are in figures/optimization/<dataset>_<optimizer>.npz; a study's, in figures/opt
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle, pairwise, product, starmap
+from itertools import cycle, pairwise, product
 from math import ceil
 from typing import NamedTuple
 
@@ -62,16 +62,18 @@ class Experiment(NamedTuple):
 
 
 SGD = torch.optim.SGD
-SMALL, LARGE = (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0)
+BELOW_AND_ABOVE, ABOVE = (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0)
 EXPERIMENTS = {  # names without "_"
-    "SGD": Experiment(SGD, 1e-2, SMALL, 1.0, 2, 1e-4),
-    "AdaGrad": Experiment(partial(torch.optim.Adagrad, fused=True), 1e-2, SMALL, 3.0, 2, 1e-4),
-    "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, SMALL, 1.0, 0, 5e-2),
-    "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, LARGE, 3.0, 0, 5e-2),
-    "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, LARGE, 3.0, 0, 5e-2),
+    "SGD": Experiment(SGD, 1e-2, BELOW_AND_ABOVE, 1.0, 2, 1e-4),
+    "AdaGrad": Experiment(
+        partial(torch.optim.Adagrad, fused=True), 1e-2, BELOW_AND_ABOVE, 3.0, 2, 1e-4
+    ),
+    "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, BELOW_AND_ABOVE, 1.0, 0, 5e-2),
+    "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, ABOVE, 3.0, 0, 5e-2),
+    "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, ABOVE, 3.0, 0, 5e-2),
 }
 ACTIVATION = models.LeakyReLU()
-TELEPORTS = 8  # before so many mini-batches, the first of the epoch
+TELEPORTS = 8  # mini-batches with a teleport before them: the first of the epoch
 STEPS = 10  # of ascent in each teleport
 CAP = 100.0  # a teleport stops where |∇L|² is larger
 TELEPORT_BATCH = 200  # training images, drawn anew for each teleport
@@ -203,7 +205,7 @@ def gradient_step(weights, x, y, length):
     return [w - scale * g for w, g in zip(weights, gradient)]
 
 
-def rescale(weights, x, y, factor):
+def rescale_by(weights, x, y, factor):
     """Return the weights rescaled until |∇L|² has grown by a factor, or 100 steps were taken."""
     objective = partial(gradient_norm_squared, x=x, y=y, activation=ACTIVATION)
     target = factor * objective(weights)
@@ -221,7 +223,9 @@ MOVES = {
         weights, at.x, at.y, at.reference.length / steps, steps, ACTIVATION
     )[0],
     "gradient step": lambda weights, _, at: gradient_step(weights, at.x, at.y, at.reference.length),
-    "rescale": lambda weights, factor, at: rescale(weights, at.x, at.y, factor ** (1 / TELEPORTS)),
+    "rescale": lambda weights, factor, at: rescale_by(
+        weights, at.x, at.y, factor ** (1 / TELEPORTS)
+    ),
 }
 
 
@@ -238,7 +242,7 @@ def move_arm(arm, weights, at):
 
 def schedule(stack, experiment, epochs, images):
     """Return {epoch: {mini-batch: {arm's name: k}}}, where arms make their k-th moves."""
-    due, batches = {}, -(-images // models.BATCH)
+    due, batches = {}, ceil(images / models.BATCH)
     for name, arm in stack.items():
         chosen = [experiment.epoch] if arm.epochs is None else arm.epochs
         at = range(0, min(arm.apart * arm.moves, batches) if arm.move else 0, arm.apart)
@@ -290,23 +294,6 @@ def stacks_of(study):
     return list(stacks.values())
 
 
-def epoch_with_moves(images, at, move, train, batch_size=models.BATCH):
-    """Train for one epoch of so many images, with a move before each of some mini-batches.
-
-    move(k) is called before the k-th mini-batch for each k in `at`, and train(rows) returns the
-    mean training loss [...] over a slice of the images that no move interrupts. Returns the mean
-    loss over the epoch, and a list of what the moves returned.
-    """
-    starts = sorted({0, *at})
-    ends = [*(batch_size * k for k in starts), images]
-    total, moved = 0, []
-    for k, rows in zip(starts, starmap(slice, pairwise(ends))):
-        if k in at:
-            moved.append(move(k))
-        total = total + ceil((rows.stop - rows.start) / batch_size) * train(rows)
-    return total / ceil(images / batch_size), moved
-
-
 def train_epoch(state, data, experiment, stack, due):
     """Return the state of a stack, as `train_stack` saves it, after one epoch more.
 
@@ -322,22 +309,20 @@ def train_epoch(state, data, experiment, stack, due):
     if state["steps"]:
         diverged |= torch.tensor(np.isnan(state["test_loss"][-1])).to(diverged)
 
-    def train_rows(rows):
+    batches, loss, moved = ceil(len(data.x_train) / models.BATCH), 0, []
+    for first, end in pairwise([*sorted({0, *due}), batches]):
+        if first in due:
+            found, spent = move(model.weights, stack, due[first], data, experiment.ascent_lr)
+            seconds = seconds + spent
+            models.replace_diverged(model.weights, diverged)
+            if renewed:
+                optimizer = experiment.optimizer(model.parameters(), experiment.lr)
+            moved.append(found.masked_fill(diverged[:, None], torch.nan))
+        rows = slice(first * models.BATCH, end * models.BATCH)
         x, y = data.x_train[rows], data.y_train[rows]
-        loss = models.train_epoch(model, x, y, optimizer, check=None)
+        loss = loss + (end - first) * models.train_epoch(model, x, y, optimizer, check=None)
         models.replace_diverged(model.weights, diverged)
-        return loss
-
-    def move_all(batch):
-        nonlocal optimizer, seconds
-        moved = move(model.weights, stack, due[batch], data, experiment.ascent_lr)
-        seconds = seconds + moved[1]
-        models.replace_diverged(model.weights, diverged)
-        if renewed:
-            optimizer = experiment.optimizer(model.parameters(), experiment.lr)
-        return moved[0].masked_fill(diverged[:, None], torch.nan)
-
-    loss, moved = epoch_with_moves(len(data.x_train), due.keys(), move_all, train_rows)
+    loss = loss / batches
     if moved:
         state["moves"] = np.concatenate([state["moves"], torch.stack(moved).cpu().numpy()])
     training = time.perf_counter() - begin - float(seconds.sum())
@@ -494,8 +479,8 @@ def summarise_arm(i, results):
         "seconds_of_moves": results["move_seconds"][i],
         "moves": len(moves),
         "diverged": np.isnan(own[-1]).sum(),
-        "above_plain_in_the_end": (own[-1] > plain[-1]).sum(),
-        "training_loss_in_the_end_less_plains": statistics.paired_difference(
+        "runs_that_end_above_plain": (own[-1] > plain[-1]).sum(),
+        "final_training_loss_minus_plain": statistics.paired_difference(
             results["train_loss"][-1, i], results["train_loss"][-1, 0]
         ),
         "mean_change_of_loss": over_runs(np.mean, after_loss - before_loss, 0.0),
@@ -553,8 +538,8 @@ def table(summaries):
                     title(part),
                     arm,
                     *(cell(value, "g") for value in entry["reaches"].values()),
-                    str(entry["above_plain_in_the_end"]),
-                    plots.interval_text(entry["training_loss_in_the_end_less_plains"]),
+                    str(entry["runs_that_end_above_plain"]),
+                    plots.interval_text(entry["final_training_loss_minus_plain"]),
                     cell(entry["seconds_of_moves"], ".2f"),
                     cell(1e3 * entry["mean_change_of_loss"], "+.2f"),
                     cell(at_once and 1e3 * at_once, "+.2f"),
@@ -647,7 +632,7 @@ def draw_moves(results, title, path):
 def draw(part, results, _, folder):
     """Draw the figures of a part; Figures 5 and 13 where it has their arms."""
     names = list(results["arms"])
-    if STUDIES["published"].arms.keys() <= set(names):
+    if {"plain", "teleport", "kept", "random"} <= set(names):
         for against in ("epoch", "time"):
             draw_losses(results, against, title(part), folder / f"{part}_loss_vs_{against}")
         draw_moves(results, title(part), folder / f"{part}_teleports")

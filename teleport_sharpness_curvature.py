@@ -53,7 +53,7 @@ from teleportation import (
 class Teleports(NamedTuple):
     """How an arm teleports: how often, in how many steps, how far, and in which direction."""
 
-    number: int  # before so many mini-batches
+    number: int  # mini-batches with a teleport before them
     steps: int
     lr: float  # on T (sharpness) or t (curvature); negative to decrease
     stop: float = math.inf  # a network stays where it is while the published objective is above
@@ -105,7 +105,8 @@ ACTIVATION = models.LeakyReLU()
 # on the sample, whose networks are far from a minimum: a tenth of rates, lengths and directions
 SAMPLE_SCALE = 0.1
 EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
-MOVES = 10  # mini-batches before which some arm is teleported
+# mini-batches with a move of some arm before them
+MOVES = max(t.number for e in EXPERIMENTS.values() for t in e.teleports.values())
 TELEPORT_BATCH = 2000
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
@@ -143,7 +144,7 @@ def measures(x, y, M, k):
     """
 
     def phi(weights):
-        widths = [len(x), *(w.shape[-2] for w in weights)]
+        widths = models.widths_of(weights)
         rng = torch.Generator().manual_seed(models.SEED + k)
         directions = random_directions(widths, np.repeat(TELEPORT_RADII, MEASURED_DIRECTIONS), rng)
         return sharpness(weights, x, y, [d.to(x) for d in directions], ACTIVATION)
@@ -158,7 +159,7 @@ def measures(x, y, M, k):
     }
 
 
-def rescale(weights, x, measure, targets):
+def rescale_to(weights, x, measure, targets):
     """Return networks rescaled until a measure of theirs has reached targets: [runs], if it can.
 
     Their functions are kept. A network whose target is not finite stays as it is.
@@ -240,7 +241,10 @@ def move(weights, data, experiment, k, diverged):
         f = measured[0][MEASURES[arm.split()[0]]]
         targets = f(new).masked_fill(diverged[ARMS.index(arm)], math.nan)
         give(arm, new)
-        give(RESCALED[arm], rescale([w[ARMS.index(RESCALED[arm])] for w in weights], x, f, targets))
+        give(
+            RESCALED[arm],
+            rescale_to([w[ARMS.index(RESCALED[arm])] for w in weights], x, f, targets),
+        )
     for arm, g in control_elements(weights, teleported, rng).items():
         give(arm, act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION))
     models.replace_diverged(weights, diverged)
@@ -269,26 +273,26 @@ def train_rows(weights, diverged, data, experiment, rows):
     return loss
 
 
-def networks(state, device):
+def from_state(state, device):
     """Return the weights of a saved state, [arms, runs, …], and which have diverged."""
     return models.from_arrays(state, device), torch.tensor(state["diverged"], device=device)
 
 
 def to_state(weights, diverged):
-    """Return what `networks` takes, as arrays to be saved."""
+    """Return what `from_state` takes, as arrays to be saved."""
     return models.to_arrays(weights) | {"diverged": diverged}
 
 
 def begin_teleports(state):
     """Return the state before the first move: all arms go on from plain SGD's networks."""
-    weights, diverged = networks(state, "cpu")
+    weights, diverged = from_state(state, "cpu")
     weights = [w.repeat(len(ARMS), 1, 1, 1) for w in weights]
     return to_state(weights, diverged.repeat(len(ARMS), 1))
 
 
 def teleport_once(state, data, experiment):
     """Return the state after one move of each arm that is due and the mini-batch that follows."""
-    k, (weights, diverged) = int(state["steps"]), networks(state, data.x_train.device)
+    k, (weights, diverged) = int(state["steps"]), from_state(state, data.x_train.device)
     moved = move(weights, data, experiment, k, diverged)
     rows = slice(k * models.BATCH, (k + 1) * models.BATCH)
     loss = train_rows(weights, diverged, data, experiment, rows)
@@ -300,13 +304,13 @@ def train_epoch(state, data, experiment, teleported):
 
     Up to the teleports all arms are one. teleported(state) returns the state after them.
     """
-    batches, first, losses = -(-len(data.x_train) // models.BATCH), 0, 0
+    batches, first, losses = math.ceil(len(data.x_train) / models.BATCH), 0, 0
     if state["steps"] == TELEPORT_EPOCH:
         after = teleported(state)
         first, losses = MOVES, after.pop("losses").sum(0)
         kept = ~after["diverged"][:, None, None, None]
         state = state | after | {"moves": np.where(kept, after["moves"], math.nan)}
-    weights, diverged = networks(state, data.x_train.device)
+    weights, diverged = from_state(state, data.x_train.device)
     rest = train_rows(weights, diverged, data, experiment, slice(first * models.BATCH, None))
     loss = (torch.as_tensor(losses).to(rest) + (batches - first) * rest) / batches
     test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
@@ -323,6 +327,7 @@ def train(data, experiment, runs, path, settings):
     `diverged` [arms, runs]: their curves are nan from then on, and their moves if that was in the
     course of the moves. Raises UserError where plain SGD diverges.
     """
+    given = {"data": data, "experiment": experiment}
 
     def start():
         seeds = models.run_seeds(range(runs))
@@ -340,7 +345,6 @@ def train(data, experiment, runs, path, settings):
         except ValueError as error:
             raise files.UserError(f"{data.name}, epoch {state['steps']}: {error}.") from None
 
-    given = {"data": data, "experiment": experiment}
     with launch.progress_bar(EPOCHS, "epoch", TITLES[data.name]) as bar:
         return files.resume(path, settings, start, step, EPOCHS, bar)
 

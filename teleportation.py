@@ -1,7 +1,15 @@
 """The core: group actions on pairs of layers, teleporting, sharpness and curvature of minima.
 
-Shapes are those of models.py: W[m]: [..., d_{m+1}, d_m], activations [..., d, n], a column a
-sample; leading dimensions are runs. Equation numbers are the paper's.
+Shapes are those of models.py: W[m]: [..., d_{m+1}, d_m], activations [..., d, n], one column per
+sample; leading dimensions are runs.
+
+    in the paper                                here
+    sharpness φ, Eq. 4                          sharpness
+    curvature κ; ψ, Eq. 5                       curvature; its mean over M and batches by estimate
+    γ' and γ'', Eqs. 57, 60                     curve_derivatives
+    the two group actions                       group_action, inverse_group_action
+    teleports to a larger gradient              teleport
+    to another sharpness or curvature           teleport_sharpness, teleport_curvature
 """
 
 import warnings
@@ -21,6 +29,7 @@ from models import (
     one_hot,
     propagate,
     warn_if_not_finite,
+    widths_of,
 )
 
 INF = float("inf")
@@ -261,9 +270,6 @@ def ascend(
     return weights, {"objective": torch.stack(path), "group_elements": total}
 
 
-ENDED = ("steps spent", "target reached", "nothing gained")
-
-
 @torch.no_grad()
 def ascend_to(target, objective, weights, x, length, steps, activation, action=PSEUDOINVERSE):
     """Move weights along their orbit until the objective has reached a target.
@@ -272,13 +278,12 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
     descend. A step has the length `length`, the norm of all T_m together, or less where the slope
     says that the target is nearer. A run ends after `steps` steps, where it has reached its target,
     or where a step would not bring it nearer; that step is not taken. objective and x: as `ascend`
-    takes them. Returns the new weights and the path: `objective` [steps taken + 1, ...], and
-    `ended`: [...], indices into ENDED.
+    takes them. Returns the new weights and the objective on the way, [steps taken + 1, ...].
     """
     target = torch.as_tensor(target).to(x)
     value = objective(weights)
     sign = torch.where(value > target, -1.0, 1.0)
-    path, ended = [value], (sign * (value - target) >= 0).long()
+    path, going = [value], sign * (value - target) < 0
     for _ in range(steps):
         _, slopes = ascent_direction(objective, weights, x, activation, action)
         norm = inner_product(slopes, slopes).sqrt()
@@ -289,15 +294,14 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
         ]
         moved = act(weights, x, elements, activation, action)
         new = objective(moved)
-        gained = (sign * (new - value) > 0) & (ended == 0)
-        ended = torch.where((ended == 0) & ~gained, 2, ended)
-        weights = [torch.where(gained[..., None, None], m, w) for m, w in zip(moved, weights)]
-        value = torch.where(gained, new, value)
-        ended = torch.where(gained & (sign * (value - target) >= 0), 1, ended)
+        going = going & (sign * (new - value) > 0)
+        weights = [torch.where(going[..., None, None], m, w) for m, w in zip(moved, weights)]
+        value = torch.where(going, new, value)
         path.append(value)
-        if (ended > 0).all():
+        going = going & (sign * (value - target) < 0)
+        if not going.any():
             break
-    return weights, {"objective": torch.stack(path), "ended": ended}
+    return weights, torch.stack(path)
 
 
 @torch.no_grad()
@@ -462,6 +466,7 @@ def curve_derivatives(weights, x, generators, activation, exact=False):
     inputs do not fit.
     """
     check_batch(weights, x)
+    check_action(INVERSE_ACTIVATION, activation)
     generators = list(generators)
     check_square(weights, dict(enumerate(generators)), len(weights) - 1)
     if exact:
@@ -532,6 +537,13 @@ def curvature(first, second):
     return area2.clamp(min=0).sqrt() / speed2**1.5
 
 
+def hidden_input(weights, x, layer, activation):
+    """Return the hidden activations [..., d, n] that the weights W_layer act on."""
+    for w in weights[:layer]:
+        x = activation(w @ x)
+    return x
+
+
 def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVERSE):
     """Return κ [...] and dκ/dt [...] at t = 0 along the curve g = exp(tM) at one pair of layers.
 
@@ -543,9 +555,7 @@ def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVER
     check_batch(weights, x)
     check_square(weights, {layer: generator})
     check_action(action, activation)
-    generator, h = action.project(generator), x
-    for w in weights[:layer]:
-        h = activation(w @ h)
+    generator, h = action.project(generator), hidden_input(weights, x, layer, activation)
     V, U = weights[layer : layer + 2]
     d, n = V.shape[-2], h.shape[-1]
     if action.act is group_action and n < d:
@@ -606,7 +616,7 @@ def teleport_sharpness(
     `ascend` describes; its objective is φ.
     """
     check_batch(weights, x, y)
-    widths = [len(x), *(w.shape[-2] for w in weights)]
+    widths = widths_of(weights)
     rng = torch.Generator().manual_seed(seed)
 
     def draw():
@@ -639,9 +649,7 @@ def teleport_curvature(
     for M in generators:
         check_square(weights, {layer: M})
     weights, total = list(weights), torch.eye(weights[layer].shape[-2]).to(x)
-    h = x
-    for w in weights[:layer]:
-        h = activation(w @ h)
+    h = hidden_input(weights, x, layer, activation)
     for M in generators:
         _, slope = curvature_along(weights, x, M, layer, activation, action)
         most = max_norm / M.norm()
@@ -662,7 +670,7 @@ def estimate(weights, x, y, radii, k, activation, sphere=False):
     each radius, and M for each pair of layers. x: [d_0, n], y: [n].
     """
     check_batch(weights, x, y)
-    widths = [len(x), *(w.shape[-2] for w in weights)]
+    widths = widths_of(weights)
     generators = random_generators(widths, torch.Generator().manual_seed(12345 * k))
     rng = torch.Generator().manual_seed(12345 * k + 1)
     directions = [d.to(x) for d in random_directions(widths, radii, rng, sphere)]

@@ -217,11 +217,11 @@ def load_steps(path, settings, steps):
     return state
 
 
-def steps_saved(path, key="steps"):
+def steps_saved(path):
     """Return how many steps of a run the file `path` has: another launch may be ahead."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return int(archive[key])
+            return int(archive["steps"])
     except Exception:  # there is none, or it is damaged
         return 0
 
@@ -231,8 +231,8 @@ def resume(path, settings, start, step, steps, bar, every=1):
 
     start() returns the state before the first step, and step(state) the state after one more: dicts
     of arrays, in which `steps` is how many were done. The state is all that a step may depend on,
-    so an interrupted run ends with the same numbers. It is saved after `every` so many steps and in
-    the end. bar: a progress bar, updated by each step.
+    so an interrupted run ends with the same numbers. It is saved every `every` steps and at the
+    end. bar: a progress bar, updated by each step.
     """
     state = load(path, settings)
     if state is None:

@@ -24,7 +24,7 @@ def rank_and_world():
 
 
 def share_of_rank(units):
-    """Return every so many-th of a list of units of work, which is the same in all ranks."""
+    """Return this rank's share, every world-th, of a list that is the same in all ranks."""
     rank, world = rank_and_world()
     return units[rank::world]
 

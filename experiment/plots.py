@@ -89,7 +89,7 @@ def draw_losses(path, curves, **labels):
 
 
 def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
-    """Draw the losses of arms, training dashed, beside their paired test loss less the reference's.
+    """Draw losses of arms, training dashed, beside their paired test loss minus the reference's.
 
     arms: {label: (colour, training loss or None, test loss)}, with losses [epochs, runs];
     reference: the test loss that is subtracted; controls: labels that are only in the right panel.

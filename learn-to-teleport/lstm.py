@@ -1,8 +1,10 @@
-"""LSTMs whose meta-gradient costs little more than reading their matrices.
+"""LSTMs with a backward pass of their own, which is fast for one trajectory at a time.
 
-A step of one trajectory is little else, so no step touches a matrix's gradient. For autograd all
-parameters are constants: it finds the gradients δ at the cells' gates and at the outputs. A matrix
-that was fed v in the steps of a window has the gradient δ^T v, and passes δ W on to what fed it.
+A step is then a few products of a matrix and a vector, and autograd would spend most of its time
+adding up the matrices' gradients, step by step (tests/benchmark.py compares the two). Here autograd
+takes the parameters as constants and finds δ, the gradients at the gates and the outputs.
+`backward` then forms the gradient of each matrix once for a window: δ^T v, where v is what the
+matrix was fed.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Learning to teleport: LSTMs that give the group element, the step size or the update. Figure 6.
 
-    cd learn-to-teleport && python multi_layer_regression.py     # --quick for a look
+    python learn-to-teleport/multi_layer_regression.py     # --quick for a look
 
 Two-layer regression is minimised by GD, by GD (tuned), whose step size is best on training
 trajectories, and by METHODS: the published three, LSTM(lr) without T, LSTM(update) on as many
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import regression
-from models import optimizer_from_arrays, optimizer_to_arrays, warn_if_not_finite
+from models import SEED, optimizer_from_arrays, optimizer_to_arrays, run_seeds, warn_if_not_finite
 from regression import Learned, Network, draw_problem, new_training, rollout, train_trajectory
 
 
@@ -54,11 +54,11 @@ PAIRS += [(name, name.removesuffix(", scaled")) for name, m in METHODS.items() i
 PAIRS += [(name, "GD (tuned)") for name in METHODS]
 GD_LR, GD_LRS = 3e-4, np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
 TRAINING_SEEDS = [n * n * 12345 - 1 for n in range(700)]
-TEST_SEEDS = [n * n * 12345 for n in range(5)] + [(i + 1) * 54321 for i in range(100)]
+TEST_SEEDS = [n * n * 12345 for n in range(5)] + run_seeds(range(100))
 TEST_SETS = {"published 5": slice(5), "fresh 100": slice(5, None)}
 KEYS, STEPS = ("loss", "squared_gradient"), [*range(31), 100]  # that are kept of the tests
 CLAIMED_STEP, STEPS_SHOWN = 30, (10, 30, 100)
-SEED, SEEDS = 54321, 10  # initialisation i of SEEDS has the seed (i + 1) * SEED
+SEEDS = 10  # initialisations, with the published seeds of runs
 SAVE_EVERY, QUICK = 50, 100  # trajectories; --quick trains on so many times fewer
 COMMON = {"unroll": regression.UNROLL, "ranges": regression.RANGES, "tests": [TEST_SEEDS, STEPS]}
 
@@ -90,7 +90,7 @@ def train(methods, initialisation, path, settings, bar):
     It has the LSTMs' parameters, Adam's state until the end, and what `test` returns for each.
     """
     *_, method = methods.values()
-    lstms, adam = new_training(method.networks, method.scaled, (initialisation + 1) * SEED)
+    lstms, adam = new_training(method.networks, method.scaled, run_seeds([initialisation])[0])
     if state := files.load(path, settings):
         lstms.load_state_dict({key: torch.tensor(state[key]) for key in lstms.state_dict()})
         optimizer_from_arrays(adam, state)
@@ -117,7 +117,7 @@ def tasks(args):
     for methods in trainings.values():
         log = re.sub("[^a-z]+", "-", next(iter(methods)).lower()).strip("-")
         for i in range(args.seeds):
-            settings = COMMON | {"methods": methods, "seed": (i + 1) * SEED, "device": "cpu"}
+            settings = COMMON | {"methods": methods, "seed": run_seeds([i])[0], "device": "cpu"}
             listed.append((methods, i, logs / f"{log}-{i}.npz", settings))
     return listed
 

@@ -289,7 +289,7 @@ def test_mirrored_directions_have_the_same_length_and_no_other_mean(sphere):
 def test_rescalings_move_sharpness_and_curvature_and_keep_the_function():
     weights, x, y = network()
     radii = [0.5, 1.0]
-    moved = correlation.rescale(weights, x, y, radii, True)
+    moved = correlation.rescale_to_extremes(weights, x, y, radii, True)
     assert [w.shape[:2] for w in moved] == [(4, 3)] * 3
     logits = forward(weights, x, LeakyReLU())
     torch.testing.assert_close(forward(moved, x, LeakyReLU()), logits.expand(4, -1, -1, -1))

@@ -164,7 +164,7 @@ def test_claims_of_the_readme_follow_from_the_summaries():
             assert found[part]["differences"][f"{arm} − plain"]["40"]["low"] > 0, part
         for entry in found.values():
             counts = entry["arms"][arm]
-            assert counts["above_plain_in_the_end"] + counts["diverged"] == 20
+            assert counts["runs_that_end_above_plain"] + counts["diverged"] == 20
     for entry in summary("optimization-action").values():  # no action gains in the end
         assert all(d["40"]["low"] < 0 < d["40"]["high"] for d in entry["differences"].values())
     factors = [

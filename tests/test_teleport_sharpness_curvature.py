@@ -158,7 +158,7 @@ def test_rescaled_arms_go_where_their_partners_are(short, trained, monkeypatch):
 def test_a_network_without_a_target_stays(trained):
     weights = [w[0] for w in trained]
     targets = torch.tensor([torch.nan, 50.0])
-    new = script.rescale(weights, torch.eye(784)[:, :9], lambda w: w[2].sum((-2, -1)), targets)
+    new = script.rescale_to(weights, torch.eye(784)[:, :9], lambda w: w[2].sum((-2, -1)), targets)
     for before, after in zip(weights, new):
         torch.testing.assert_close(before[0], after[0])
     assert (weights[2][1] - new[2][1]).abs().max() > 1e-3
