@@ -542,6 +542,8 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if unknown := set(args.dataset) - RADII.keys():
+        raise files.UserError(f"teleportation.py has no RADII for {', '.join(unknown)}.")
     folder = launch.figures_folder(args, "correlation", args.defaults)
     parts = models.TRAINING, args.dataset
     launch.compute_and_report(args, folder, *parts, compute, collect, summarise, table, draw)

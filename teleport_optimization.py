@@ -33,8 +33,9 @@ import torch
 from matplotlib.figure import Figure
 
 import models
-from data import TITLES, load_data, shuffled_batch
+from data import TITLES, Dataset, load_data, shuffled_batch
 from teleportation import (
+    PSEUDOINVERSE,
     RESCALING,
     act,
     ascend_to,
@@ -72,7 +73,7 @@ EXPERIMENTS = {  # names without "_"
     "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, ABOVE, 3.0, 0, 5e-2),
     "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, ABOVE, 3.0, 0, 5e-2),
 }
-ACTIVATION = models.LeakyReLU()
+ACTIVATION, ACTION = models.LeakyReLU(), PSEUDOINVERSE
 TELEPORTS = 8  # mini-batches with a teleport before them: the first of the epoch
 STEPS = 10  # of ascent in each teleport
 CAP = 100.0  # a teleport stops where |∇L|² is larger
@@ -94,13 +95,13 @@ class Arm(NamedTuple):
 class Study(NamedTuple):
     """Arms, the first of them named plain, and what is asked of them.
 
-    The learning rates are `published`, `best`, or `all` rates of an Experiment. The primary
+    The learning rates are `published`, `best`, or `all` rates of an Experiment. The `primary`
     comparison, after the last epoch, is named beforehand; all others are exploratory.
     """
 
     arms: dict
     rates: tuple = ("published",)
-    primary: str = "teleport − plain"
+    primary: str = "teleport"
 
 
 TELEPORT, DOUBLING = ("teleport", STEPS), ("rescale", 2)
@@ -119,7 +120,7 @@ STUDIES = {
     "lr": Study(
         {"plain": Arm(), "kept": Arm(TELEPORT), "teleport": Arm(TELEPORT, renewed=True)},
         ("all",),
-        "kept − plain",
+        "kept",
     ),
     "action": Study(
         {
@@ -131,7 +132,7 @@ STUDIES = {
             **{f"rescaling × {factor}": Arm(("rescale", factor)) for factor in (1.1, 1.5, 2)},
         },
         BOTH,
-        "rescaling × 2 − plain",
+        "rescaling × 2",
     ),
     "when": Study(
         {
@@ -140,12 +141,12 @@ STUDIES = {
             "every epoch": Arm(TELEPORT, epochs=EVERY),
         },
         BOTH,
-        "every epoch − plain",
+        "every epoch",
     ),
     "how-far": Study(
         {"plain": Arm(), **{f"{n} steps": Arm(("teleport", n)) for n in (1, 10, 100, 1000)}},
         BOTH,
-        "100 steps − plain",
+        "100 steps",
     ),
     "how-often": Study(
         {
@@ -154,7 +155,7 @@ STUDIES = {
             "every 10th of an epoch": Arm(TELEPORT, epochs=EVERY, moves=10, apart=250),
         },
         BOTH,
-        "every 10th of an epoch − plain",
+        "every 10th of an epoch",
     ),
     "rescaling": Study(  # later and more often, in exact moves that can't overshoot
         {
@@ -165,7 +166,7 @@ STUDIES = {
             "64 mini-batches": Arm(DOUBLING, moves=64),
         },
         BOTH,
-        "every epoch − plain",
+        "every epoch",
     ),
 }
 CURVES = ("train_loss", "test_loss", "test_accuracy")
@@ -189,6 +190,7 @@ class Moment(NamedTuple):
 
     x: torch.Tensor  # [d_0, n], the move's batch, and y: [n]
     y: torch.Tensor
+    data: Dataset  # that the batch is from
     lr: float  # of the ascent on T
     rng: torch.Generator
     reference: Reference | None  # of the last arm above that teleports before this mini-batch
@@ -217,7 +219,11 @@ def rescale_by(weights, x, y, factor):
 MOVES = {
     "stay": lambda weights, *_: weights,
     "random": lambda weights, _, at: act(
-        weights, at.x, random_group_elements(at.reference.group_elements, at.rng), ACTIVATION
+        weights,
+        at.x,
+        random_group_elements(at.reference.group_elements, at.rng, ACTION),
+        ACTIVATION,
+        ACTION,
     ),
     "level set": lambda weights, steps, at: level_set_ascent(
         weights, at.x, at.y, at.reference.length / steps, steps, ACTIVATION
@@ -235,7 +241,8 @@ def move_arm(arm, weights, at):
     name, amount = arm.move
     if name != "teleport":
         return MOVES[name](weights, amount, at), at.reference
-    new, path = teleport(weights, at.x, at.y, at.lr, amount, ACTIVATION, CAP, return_path=True)
+    how = at.lr, amount, ACTIVATION, CAP
+    new, path = teleport(weights, at.x, at.y, *how, return_path=True, action=ACTION)
     way = [a - b for a, b in zip(new, weights)]
     return new, Reference(path["group_elements"], inner_product(way, way).sqrt())
 
@@ -269,7 +276,7 @@ def move(weights, stack, due, data, ascent_lr):
         x, y = shuffled_batch(data, TELEPORT_BATCH, k)
         start = time.perf_counter()
         rng = torch.Generator().manual_seed(models.SEED + k)
-        new, reference = move_arm(arm, own, Moment(x, y, ascent_lr, rng, reference))
+        new, reference = move_arm(arm, own, Moment(x, y, data, ascent_lr, rng, reference))
         seconds[i] = time.perf_counter() - start
         for w, moved in zip(weights, new):
             w[i] = moved
@@ -386,7 +393,7 @@ def log(part, stack, args):
     like = experiment.optimizer([torch.zeros(1, requires_grad=True)], experiment.lr)
     settings = dict(dataset=dataset, sample=args.sample, arms=stack, runs=args.runs)
     settings |= dict(epochs=args.epochs, device=args.device.type, seed=models.SEED)
-    settings |= dict(activation=str(ACTIVATION))
+    settings |= dict(activation=str(ACTIVATION), action=ACTION.act.__name__)
     settings |= dict(
         widths=models.TRAINING[dataset].widths,
         batch=models.BATCH,
@@ -436,7 +443,7 @@ def collect(part, args):
     results["seconds"] = training + moved
     path, settings = logs[0]
     settings = settings | {"arms": STUDIES[args.study].arms, "lr": experiment_of(part)[2].lr}
-    results |= {"arms": arms, "primary": STUDIES[args.study].primary}
+    results |= {"arms": arms, "primary": f"{STUDIES[args.study].primary} − plain"}
     return settings, results, path
 
 
@@ -682,11 +689,19 @@ def parse_arguments():
 def check_study(study):
     """Raise UserError where a Study can't be trained or reported, before it is trained."""
     first, *others = study.arms
-    moves = {arm.move[0] for arm in study.arms.values() if arm.move} - {"teleport"}
-    if first != "plain" or moves - MOVES.keys():
-        raise files.UserError(f"a study needs plain first, and moves among {', '.join(MOVES)}.")
-    if study.primary not in [f"{arm} − plain" for arm in others]:
-        raise files.UserError(f"{study.primary!r} is not a comparison of an arm with plain.")
+    if first != "plain" or study.primary not in others:
+        sentence = f"plain first, and its primary, {study.primary!r}, among {', '.join(others)}"
+        raise files.UserError(f"a study needs {sentence}.")
+    teleported = False
+    for name, arm in study.arms.items():
+        known = *MOVES, "teleport"
+        move = arm.move[0] if isinstance(arm.move, tuple) else arm.move
+        if " − " in name or not (move is None or isinstance(arm.move, tuple) and move in known):
+            sentence = f'a name without " − ", and (move, amount) with a move of {", ".join(known)}'
+            raise files.UserError(f"the arm {name!r} needs {sentence}.")
+        teleported |= move == "teleport"
+        if move in ("random", "level set", "gradient step") and not teleported:
+            raise files.UserError(f"the arm {name!r} needs one above it that teleports.")
 
 
 def main():

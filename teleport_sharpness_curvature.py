@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 import models
 from data import TITLES, load_data, shuffled_batch
 from teleportation import (
+    PSEUDOINVERSE,
     RADII,
     RESCALING,
     act,
@@ -101,7 +102,7 @@ EXPERIMENTS = {
     ),
 }
 DEFAULTS = {"runs": 20}  # published: 5
-ACTIVATION = models.LeakyReLU()
+ACTIVATION, ACTION = models.LeakyReLU(), PSEUDOINVERSE
 # on the sample, whose networks are far from a minimum: a tenth of rates, lengths and directions
 SAMPLE_SCALE = 0.1
 EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
@@ -150,7 +151,7 @@ def measures(x, y, M, k):
         return sharpness(weights, x, y, [d.to(x) for d in directions], ACTIVATION)
 
     def kappa(weights):
-        return curvature_along(weights, x, M, PAIR, ACTIVATION)[0]
+        return curvature_along(weights, x, M, PAIR, ACTIVATION, ACTION)[0]
 
     return {
         "loss": partial(models.cross_entropy, x=x, y=y, activation=ACTIVATION),
@@ -185,11 +186,12 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
         lr = lr * PUBLISHED_SCALE
         draw = settings[0].steps, TELEPORT_RADII, experiment.directions, k
         new, path = teleport_sharpness(
-            stack, x, y, lr, *draw, ACTIVATION, stop, MAX_T_NORM, return_path=True
+            stack, x, y, lr, *draw, ACTIVATION, stop, MAX_T_NORM, return_path=True, action=ACTION
         )
         elements = path["group_elements"]
     else:
-        new, g = teleport_curvature(stack, x, lr, [M], ACTIVATION, PAIR, experiment.max_tm_norm)
+        how = ACTIVATION, PAIR, experiment.max_tm_norm, ACTION
+        new, g = teleport_curvature(stack, x, lr, [M], *how)
         elements = [g]
     return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
 
@@ -203,9 +205,9 @@ def control_elements(weights, teleported, rng):
     identities = [torch.eye(w.shape[-2]).to(w).repeat(runs, 1, 1) for w in weights[:-1]]
     elements = {"refit": identities}
     if "sharpness decrease" in teleported:
-        elements["random"] = random_group_elements(teleported["sharpness decrease"][1], rng)
+        elements["random"] = random_group_elements(teleported["sharpness decrease"][1], rng, ACTION)
     if "curvature increase" in teleported:
-        (drawn,) = random_group_elements(teleported["curvature increase"][1], rng)
+        (drawn,) = random_group_elements(teleported["curvature increase"][1], rng, ACTION)
         elements["random in one pair"] = [*identities[:PAIR], drawn, *identities[PAIR + 1 :]]
     return elements
 
@@ -246,7 +248,7 @@ def move(weights, data, experiment, k, diverged):
             rescale_to([w[ARMS.index(RESCALED[arm])] for w in weights], x, f, targets),
         )
     for arm, g in control_elements(weights, teleported, rng).items():
-        give(arm, act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION))
+        give(arm, act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION, ACTION))
     models.replace_diverged(weights, diverged)
     return torch.stack([before, measure()], 1).permute(3, 0, 1, 2, 4)
 
@@ -363,7 +365,7 @@ def log(name, args):
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
     measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS, RESCALING_STEPS, RESCALING_LENGTH
     settings |= dict(course=course, estimates=estimates, measured=measured)
-    settings |= dict(activation=str(ACTIVATION))
+    settings |= dict(activation=str(ACTIVATION), action=ACTION.act.__name__)
     folder = args.output / "logs" / "generalization"
     return experiment, folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz", settings
 

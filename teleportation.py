@@ -48,6 +48,8 @@ def pseudoinverse(h):
     matrices of full rank. A member of less rank is named in a warning, and torch.linalg.pinv cuts
     its small singular values off. One that is not finite is named, too; its pseudoinverse is nan.
     """
+    if h.dim() == 2:
+        return pseudoinverse(h[None])[0]
     d, n = h.shape[-2:]
     if n < d:
         return pseudoinverse(h.mT).mT
@@ -85,7 +87,8 @@ def inverse_group_action(U, V, h, g, activation):
     """Act with g through the activation: V' = σ^{-1}(g σ(Vh)) h^+, U' = U g^{-1}; return (U', V').
 
     Shapes are those of `group_action`. The pair's outputs on h are kept where h has full column
-    rank, which needs n <= d_in. Warns as `pseudoinverse` does.
+    rank, which needs n <= d_in. Where n < d_in, even g = I projects V' onto the span of h, so that
+    outputs on other inputs change. Warns as `pseudoinverse` does.
     """
     V_new = activation.inverse(g @ activation(V @ h)) @ pseudoinverse(h)
     # not torch.linalg.solve, whose nested forward derivatives are wrong in torch 2.13
@@ -154,6 +157,8 @@ LINEAR = Action(
 
 def check_action(action, activation):
     """Raise ValueError where an action is not defined for an activation."""
+    if not hasattr(activation, "derivative"):
+        raise ValueError(f"{activation} has no derivative: take one of models.py, or one like it")
     if not action.takes(activation):
         raise ValueError(f"{action.act.__name__} is not defined for {activation}")
 
@@ -168,8 +173,8 @@ def act(weights, x, group_elements, activation, action=PSEUDOINVERSE):
     check_batch(weights, x)
     check_action(action, activation)
     if not 0 < len(group_elements) == len(weights) - 1:
-        pairs = f"{len(weights) - 1} pairs of layers and {len(group_elements)} group elements"
-        raise ValueError(f"there must be one group element for each pair, not {pairs}")
+        found = f"{len(weights)} layers and {len(group_elements)} group elements"
+        raise ValueError(f"two layers or more need one group element for each pair, not {found}")
     weights, h = list(weights), x
     for m, g in enumerate(group_elements):
         V, U = weights[m : m + 2]
@@ -218,8 +223,8 @@ def ascent_direction(objective, weights, x, activation, action=PSEUDOINVERSE):
     """Return the objective [...] and its gradient in T_m at T = 0, projected onto the allowed T.
 
     The element of T_m acts on the m-th pair of layers, with the hidden activations of x: [d_0, n].
-    The objective is evaluated where T = 0 leads: with fewer samples than units the pseudoinverse
-    action refits U there.
+    The objective is evaluated where T = 0 leads: with few samples the pseudoinverse action refits U
+    there, and the inverse-activation action projects V.
     """
     T = [torch.zeros(*w.shape[:-1], w.shape[-2]).to(w).requires_grad_() for w in weights[:-1]]
     with torch.enable_grad():
@@ -366,17 +371,18 @@ def teleport(
     return (weights, path) if return_path else weights
 
 
-def random_group_elements(group_elements, rng):
-    """Draw g_m = I + T_m with random T_m of the Frobenius norms |g_m − I| that are given.
+def random_group_elements(group_elements, rng, action=PSEUDOINVERSE):
+    """Draw elements of random T_m, which the action allows, of the norms |g_m − I|_F given.
 
-    group_elements: [..., d, d] for each pair; so is what is returned. Every member is drawn alone.
+    group_elements: g_m: [..., d, d] for each pair, and so is what is returned. Every member is
+    drawn alone.
     """
     drawn = []
     for g in group_elements:
         identity = torch.eye(g.shape[-1]).to(g)
-        T = torch.randn(g.shape, generator=rng).to(g)
+        T = action.project(torch.randn(g.shape, generator=rng).to(g))
         scale = (g - identity).norm(dim=(-2, -1)) / T.norm(dim=(-2, -1))
-        drawn.append(identity + scale[..., None, None] * T)
+        drawn.append(action.element(scale[..., None, None] * T))
     return drawn
 
 

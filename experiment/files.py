@@ -205,7 +205,10 @@ def load(path, settings):
             "move it away, or choose another --output."
         )
     if result.made_with.get("code") != code_version()[0]:
-        warn_once(f"{path.parent} contains results from another version of the code; using them.")
+        warn_once(
+            f"{path.parent} contains results from another version of the code; using them. "
+            "If what has changed bears on them, move the folder away or choose another --output."
+        )
     return result.arrays
 
 

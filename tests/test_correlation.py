@@ -381,3 +381,9 @@ def test_help_explains_every_option_with_its_default(run_script):
     for option in options:
         explained = "default: " in " ".join(option.split())
         assert explained != option.startswith(flags), option
+
+
+def test_a_dataset_without_radii_is_refused_before_it_trains(call, monkeypatch, tmp_path):
+    monkeypatch.setitem(correlation.models.TRAINING, "Own", correlation.models.TRAINING["MNIST"])
+    done = call(correlation, "--dataset", "Own", "--output", tmp_path)
+    assert done.returncode == 2 and "teleportation.py has no RADII for Own" in done.stderr

@@ -285,6 +285,16 @@ def test_a_damaged_file_gives_its_sentence(tmp_path, harm):
         assert script("MNIST", "--root", tmp_path) == (2, f"data.py: {sentence}\n")
 
 
+def test_a_dataset_of_ones_own_without_a_source_gives_its_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.PATHS, "Own", "own/{}-ubyte")
+    monkeypatch.setitem(data.SHA256, "Own", {"train-images-idx3": "0" * 64})
+    with pytest.raises(UserError, match="^Own can't be fetched .no source is known.: .* copy the"):
+        data.load_dataset("Own", tmp_path)
+    (tmp_path / "own" / "train-images-idx3-ubyte").write_bytes(b"mine")
+    with pytest.raises(UserError, match="altered: replace it, or correct its SHA256 in data.py"):
+        data.load_dataset("Own", tmp_path)
+
+
 def test_a_damaged_or_missing_sample_gives_its_sentence(monkeypatch, tmp_path):
     path = tmp_path / f"{FILE['MNIST']}.gz"
     monkeypatch.setattr(data, "SAMPLE", tmp_path)

@@ -315,7 +315,7 @@ def test_what_goes_wrong_later_leaves_the_model_too():
     refused(model, symmetry, x, y, "'moved', 'kept' or 'reset'", state="copied")
     optimizer = torch.optim.Adadelta(model.parameters())
     train(model, optimizer, [(x, y)])
-    refused(model, symmetry, x, y, "no rule moves the state", optimizer=optimizer)
+    refused(model, symmetry, x, y, "no rule moves an optimizer's", optimizer=optimizer)
     model, symmetry, x, y = case("lora", torch.float32)
     refused(model, symmetry, x, y, "rounding changed", lr=1e4, max_norm=8.0)
 
@@ -333,3 +333,13 @@ def test_a_module_with_two_outputs_and_one_that_begins_at_zero():
         objective = gradient_norm(module, nn.MSELoss(), batch, target)
         path = teleport_module(module, groups, objective, batch, 0.1, 2)
         assert (path["objective"].diff() >= 0).all()
+
+
+def test_models_without_groups_or_gradients_are_named():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.Linear(4, 2))
+    x, y = torch.rand(5, 4), torch.zeros(5, dtype=torch.int64)
+    objective = gradient_norm(model, torch.nn.CrossEntropyLoss(), x, y)
+    with pytest.raises(ValueError, match="the symmetry has no groups"):
+        teleport_module(model, symmetry_of(model), objective, x, 1e-2, 1)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        gradient_norm(model.requires_grad_(False), torch.nn.CrossEntropyLoss(), x, y)

@@ -69,7 +69,8 @@ def test_arrows_point_one_way(path):
 
 
 def test_every_module_has_its_place():
-    assert set(modules().values()) == SCRIPTS | MAY_IMPORT.keys()
+    placed = SCRIPTS | MAY_IMPORT.keys()
+    assert set(modules().values()) == placed, "put a script into SCRIPTS, a module into MAY_IMPORT"
 
 
 WIDTHS = (12, 6, 5, 4)

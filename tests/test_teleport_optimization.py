@@ -291,10 +291,13 @@ def test_studies_can_be_trained_and_reported():
         script.check_study(study)
     plain, good = script.STUDIES["published"], script.STUDIES["lr"]
     misspelt = good.arms | {"kept": script.Arm(("teleprt", 1))}
+    alone = {"plain": script.Arm(), "random": script.Arm(("random", 0))}
     for study, sentence in (
-        (plain._replace(primary="teleport - plain"), "'teleport - plain' is not a comparison"),
-        (good._replace(arms=misspelt), "moves among stay, random"),
+        (plain._replace(primary="teleprt"), "its primary, 'teleprt', among kept, teleport"),
+        (good._replace(arms=misspelt), "'kept' needs .* a move of stay, random"),
         (good._replace(arms={"none": script.Arm()}), "needs plain first"),
+        (good._replace(arms=good.arms | {"a − b": script.Arm()}), "'a − b' needs a name without"),
+        (good._replace(arms=alone, primary="random"), "'random' needs one above it"),
     ):
         with pytest.raises(files.UserError, match=sentence):
             script.check_study(study)

@@ -742,7 +742,33 @@ def test_curvature_along_takes_what_the_action_allows(case, activation):
 def test_a_network_without_pairs_is_named(case, activation):
     weights, x, *_ = case
     y = torch.zeros(x.shape[1], dtype=torch.int64)
-    with pytest.raises(ValueError, match="one group element for each pair, not 0 pairs"):
+    with pytest.raises(ValueError, match="one group element for each pair, not 1 layers and 0"):
         teleport(weights[:1], x, y, 1e-2, 1, activation)
     with pytest.raises(ValueError, match="the list of weights is empty"):
         teleport([], x, y, 1e-2, 1, activation)
+
+
+def test_one_deficient_matrix_alone_is_as_in_a_stack():
+    h = torch.ones(3, 5, dtype=torch.float64)
+    h[0, 0] = 2  # of rank 2
+    for matrix in (h, h.mT):
+        with pytest.warns(UserWarning, match="not of full rank"):
+            torch.testing.assert_close(pseudoinverse(matrix), torch.linalg.pinv(matrix))
+    with pytest.warns(UserWarning, match="not finite"):
+        assert pseudoinverse(torch.full((3, 5), torch.nan)).isnan().all()
+
+
+def test_an_activation_without_a_derivative_is_named(case):
+    weights, x, y, *_ = case
+    with pytest.raises(ValueError, match="has no derivative: take one of models.py"):
+        teleport(weights, x, y, 1e-2, 1, torch.nn.LeakyReLU(0.1))
+    with pytest.raises(ValueError, match="inverse_group_action is not defined for ReLU"):
+        curve_derivatives(weights, x, [torch.eye(w.shape[-2]) for w in weights[:-1]], ReLU())
+
+
+def test_random_elements_are_of_the_actions_group():
+    rng = torch.Generator().manual_seed(0)
+    (g,) = random_group_elements([1.1 * torch.eye(4)[None]], rng, RESCALING)
+    assert (g.diagonal(dim1=-2, dim2=-1) > 0).all() and torch.equal(g, g * torch.eye(4))
+    length = g.diagonal(dim1=-2, dim2=-1).log().norm()
+    torch.testing.assert_close(length, (0.1 * torch.eye(4)).norm())

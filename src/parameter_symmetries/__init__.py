@@ -19,6 +19,8 @@ lent = {name: sys.modules.pop(name, None) for name in CORE}
 try:
     for name in CORE:
         path = Path(__file__).resolve().parents[2] / f"{name}.py"
+        if not path.exists():
+            raise ImportError(f"{path} is missing: install with `pip install -e` in the repository")
         spec = spec_from_file_location(f"{__name__}.{name}", path)
         module = module_from_spec(spec)
         sys.modules |= {spec.name: module, name: module}
