@@ -231,24 +231,24 @@ def move(weights, data, experiment, k, diverged):
             [torch.stack([f(weights) for f in of_batch.values()]) for of_batch in measured]
         )
 
+    def own(arm):
+        return [w[ARMS.index(arm)] for w in weights]
+
     def give(arm, new):
-        for w, own in zip(weights, new):
-            w[ARMS.index(arm)] = own
+        for w, n in zip(own(arm), new):
+            w.copy_(n)
 
     before = measure()
     teleported = {}
     for quantity in MEASURES:
         teleported |= teleport_pair(weights, x, y, experiment, quantity, k, M)
     for arm, (new, _) in teleported.items():
-        f = measured[0][MEASURES[arm.split()[0]]]
+        f, partner = measured[0][MEASURES[arm.split()[0]]], RESCALED[arm]
         targets = f(new).masked_fill(diverged[ARMS.index(arm)], math.nan)
         give(arm, new)
-        give(
-            RESCALED[arm],
-            rescale_to([w[ARMS.index(RESCALED[arm])] for w in weights], x, f, targets),
-        )
+        give(partner, rescale_to(own(partner), x, f, targets))
     for arm, g in control_elements(weights, teleported, rng).items():
-        give(arm, act([w[ARMS.index(arm)] for w in weights], x, g, ACTIVATION, ACTION))
+        give(arm, act(own(arm), x, g, ACTIVATION, ACTION))
     models.replace_diverged(weights, diverged)
     return torch.stack([before, measure()], 1).permute(3, 0, 1, 2, 4)
 

@@ -167,15 +167,15 @@ def test_a_network_without_a_target_stays(trained):
 def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
     lengths = {}
 
-    def record(weights, x, elements, activation):
+    def record(weights, x, elements, activation, action):
         lengths[len(lengths)] = [(g - torch.eye(g.shape[-1])).norm(dim=(-2, -1)) for g in elements]
-        return act(weights, x, elements, activation)
+        return act(weights, x, elements, activation, action)
 
     given = []
     draw = script.random_group_elements
     monkeypatch.setattr(script, "act", record)
     monkeypatch.setattr(
-        script, "random_group_elements", lambda g, rng: given.append(g) or draw(g, rng)
+        script, "random_group_elements", lambda g, *how: given.append(g) or draw(g, *how)
     )
     script.move([w.clone() for w in trained], load_sample("MNIST"), MNIST, 0, NONE)
     refit, random, in_one_pair = lengths.values()
