@@ -409,7 +409,7 @@ def summarise(_, results):
 
     That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of arms to
     plain and to their control with the verdicts on the CLAIMS, how many networks of each arm
-    diverged, how many moved, and how its moves changed loss, φ and κ in all.
+    diverged, how many moved, and how all moves together changed loss, φ and κ (medians).
     """
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in EPOCHS_SHOWN}
@@ -422,8 +422,8 @@ def summarise(_, results):
     moves = {}
     for i, arm in enumerate(ARMS):
         change = results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
-        own, fresh = np.nanmean(change, -1).sum(0)  # [3] each
-        first = np.nanmean(results["moves"][0, i, 0, 0], -1)
+        own, fresh = np.nanmedian(change.sum(0), -1)  # [3] each: a few networks run away
+        first = np.nanmedian(results["moves"][0, i, 0, 0], -1)
         changes = {"before": first, "change_on_their_batches": own, "on_fresh_batches": fresh}
         moves[arm] = {key: dict(zip(QUANTITIES, values)) for key, values in changes.items()}
         moves[arm]["networks"] = (change[:, 0] != 0).any((0, 1)).sum()
@@ -441,7 +441,7 @@ def table(summaries):
             *changes, networks = moves.values()
             cells = [f"{v:.3g}".replace("-", "−") for entry in changes for v in entry.values()]
             rows.append([f"{TITLES[name]}, {arm}", str(networks), *cells])
-    header = ["all moves of an arm", "networks moved", *(f"{q} before" for q in QUANTITIES)]
+    header = ["all moves of an arm, median", "networks moved", *(f"{q} before" for q in QUANTITIES)]
     header += [f"change of {q}, {where}" for where in ("own batch", "fresh") for q in QUANTITIES]
     return "\n".join([*tables, plots.markdown(header, rows)])
 
