@@ -165,6 +165,13 @@ def test_claims_of_the_readme_follow_from_the_summaries():
         for entry in found.values():
             counts = entry["arms"][arm]
             assert counts["runs_that_end_above_plain"] + counts["diverged"] == 20
+    for entry in summary("optimization-rescaling").values():
+        counts = entry["arms"]["every epoch"]  # exact moves do harm, too
+        assert counts["runs_that_end_above_plain"] + counts["diverged"] == 20
+    cifar = summary("optimization-5runs-10epochs")
+    for optimizer in ("SGD", "Adam"):
+        assert cifar[f"CIFAR10_{optimizer}"]["differences"]["kept − plain"]["10"]["low"] > 0
+    assert cifar["CIFAR10_momentum"]["arms"]["kept"]["diverged"] == 4
     for entry in summary("optimization-action").values():  # no action gains in the end
         assert all(d["40"]["low"] < 0 < d["40"]["high"] for d in entry["differences"].values())
     factors = [
