@@ -468,7 +468,8 @@ def draw_quantities(name, results, path):
             axes.plot(epochs, values, color=colour, label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
         axes.set(title=TITLES[name], xlabel="epoch", ylabel=f"{quantity} {symbol}")
-        axes.legend(fontsize="x-small", frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 2}
+        axes.legend(fontsize="x-small", frameon=False, **below)
     figure.tight_layout()
     plots.save_figure(figure, path)
 
