@@ -187,9 +187,19 @@ def test_claims_of_the_readme_follow_from_the_summaries():
         for epoch in (1, 2, 5, 10, 20):  # the cap ends later teleports
             assert arms[f"epoch {epoch}"]["share_of_moves_made"] < 0.3
             assert arms[f"epoch {epoch}"]["median_factor_of_gradient_norm_squared"] > 20
-    for entry in summary("generalization").values():
-        for after in entry["differences"]["curvature increase − plain"].values():
-            assert after["verdict"] == "not seen"
+    lasting = {}
+    for name, entry in summary("generalization").items():
+        last = {pair: after["40"] for pair, after in entry["differences"].items()}
+        last = {pair.removesuffix(" − plain"): d for pair, d in last.items() if "− plain" in pair}
+        assert all(d["high"] > 0 for d in last.values())  # none lowers the test loss
+        lasting[name] = {arm for arm, d in last.items() if d["low"] > 0}
+    sharper, flatter = (f"sharpness {way}, rescaled" for way in ("increase", "decrease"))
+    assert lasting["CIFAR10"] == set()
+    assert sharper in lasting["MNIST"] & lasting["FashionMNIST"]
+    assert flatter in lasting["FashionMNIST"] - lasting["MNIST"]
+    once = summary("generalization")["CIFAR10"]["differences"]
+    for arm in ("sharpness decrease", "sharpness increase", "curvature decrease", "random"):
+        assert once[f"{arm} − plain"]["21"]["low"] > 0
 
 
 def test_the_best_learning_rates_are_those_of_the_study():
