@@ -78,7 +78,7 @@ TELEPORTS = 8  # mini-batches with a teleport before them: the first of the epoc
 STEPS = 10  # of ascent in each teleport
 CAP = 100.0  # a teleport stops where |∇L|² is larger
 TELEPORT_BATCH = 200  # training images, drawn anew for each teleport
-LENGTH = 0.02  # |T| of a step of an ascent to a target
+LENGTH, RESCALING_STEPS = 0.02, 100  # |T| of a step of an ascent to a target, and the most of them
 DEFAULTS = {"runs": 20, "epochs": 40}  # published: 5 runs of the arms plain and teleport
 
 
@@ -208,10 +208,11 @@ def gradient_step(weights, x, y, length):
 
 
 def rescale_by(weights, x, y, factor):
-    """Return the weights rescaled until |∇L|² has grown by a factor, or 100 steps were taken."""
+    """Return the weights rescaled, in RESCALING_STEPS at most, until |∇L|² has grown by a factor."""
     objective = partial(gradient_norm_squared, x=x, y=y, activation=ACTIVATION)
     target = factor * objective(weights)
-    return ascend_to(target, objective, weights, x, LENGTH, 100, ACTIVATION, action=RESCALING)[0]
+    how = x, LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
+    return ascend_to(target, objective, weights, *how)[0]
 
 
 # (weights, amount, Moment) -> new weights. Random, level set and gradient step go as far as the
@@ -398,7 +399,8 @@ def log(part, stack, args):
         widths=models.TRAINING[dataset].widths,
         batch=models.BATCH,
         optimizer=[optimizer, type(like).__name__, like.defaults],
-        teleport=[experiment.epoch, experiment.ascent_lr, CAP, TELEPORT_BATCH, LENGTH],
+        teleport=[experiment.epoch, experiment.ascent_lr, TELEPORTS, CAP, TELEPORT_BATCH],
+        rescaling=[LENGTH, RESCALING_STEPS],
     )
     folder = args.output / "logs" / "optimization" / args.study
     folder /= f"{dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"

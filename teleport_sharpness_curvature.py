@@ -409,7 +409,7 @@ def summarise(_, results):
 
     That is plain's mean test loss at the epochs EPOCHS_SHOWN, the paired differences of arms to
     plain and to their control with the verdicts on the CLAIMS, how many networks of each arm
-    diverged, how many moved, and how all moves together changed loss, φ and κ (medians).
+    diverged, how many others moved, and how all moves changed loss, φ and κ (medians).
     """
     loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in EPOCHS_SHOWN}
@@ -426,7 +426,7 @@ def summarise(_, results):
         first = np.nanmedian(results["moves"][0, i, 0, 0], -1)
         changes = {"before": first, "change_on_their_batches": own, "on_fresh_batches": fresh}
         moves[arm] = {key: dict(zip(QUANTITIES, values)) for key, values in changes.items()}
-        moves[arm]["networks"] = (change[:, 0] != 0).any((0, 1)).sum()
+        moves[arm]["networks"] = (np.abs(change[:, 0]) > 0).any((0, 1)).sum()
     diverged = dict(zip(ARMS, results["diverged"].sum(1)))
     return {"plain": plain, "differences": differences, "diverged": diverged, "moves": moves}
 
