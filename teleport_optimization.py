@@ -208,7 +208,7 @@ def gradient_step(weights, x, y, length):
 
 
 def rescale_by(weights, x, y, factor):
-    """Return the weights rescaled, in RESCALING_STEPS at most, until |∇L|² has grown by a factor."""
+    """Return weights rescaled, in RESCALING_STEPS at most, until |∇L|² has grown by a factor."""
     objective = partial(gradient_norm_squared, x=x, y=y, activation=ACTIVATION)
     target = factor * objective(weights)
     how = x, LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING

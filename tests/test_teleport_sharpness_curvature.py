@@ -24,10 +24,10 @@ NONE = torch.zeros(len(script.ARMS), 2, dtype=bool)  # has diverged
 
 @contextlib.contextmanager
 def shorter_course():
-    """15 epochs, three teleports in the 13th, few directions."""
-    settings = {"EPOCHS": 15, "TELEPORT_EPOCH": 12, "EPOCHS_SHOWN": (13, 14, 15), "MOVES": 3}
+    """15 epochs, two teleports in the 13th, few directions."""
+    settings = {"EPOCHS": 15, "TELEPORT_EPOCH": 12, "EPOCHS_SHOWN": (13, 14, 15), "MOVES": 2}
     settings |= {"ESTIMATION_BATCHES": 2, "TELEPORT_BATCH": 300}
-    settings |= {"MEASURED_DIRECTIONS": 2, "RESCALING_STEPS": 4}
+    settings |= {"MEASURED_DIRECTIONS": 2, "RESCALING_STEPS": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "MNIST", MNIST._replace(directions=2))
         for name, value in settings.items():
@@ -95,7 +95,7 @@ def test_arms_are_one_until_the_teleports_and_plain_is_plain_sgd(whole):
 
 def test_an_interrupted_run_ends_with_the_same_numbers(short, whole, tmp_path, monkeypatch):
     original = files.save
-    for stop in (11, 3, 3):  # before the teleports, between them, after them
+    for stop in (11, 2, 3):  # before the teleports, between them, after them
         saves = []
 
         def save(*arguments, stop=stop, saves=saves):
