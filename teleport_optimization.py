@@ -694,11 +694,10 @@ def check_study(study):
     if first != "plain" or study.primary not in others:
         sentence = f"plain first, and its primary, {study.primary!r}, among {', '.join(others)}"
         raise files.UserError(f"a study needs {sentence}.")
-    teleported = False
+    known, teleported = [*MOVES, "teleport"], False
     for name, arm in study.arms.items():
-        known = *MOVES, "teleport"
-        move = arm.move[0] if isinstance(arm.move, tuple) else arm.move
-        if " − " in name or not (move is None or isinstance(arm.move, tuple) and move in known):
+        move, *amount = arm.move or ("stay", 0)
+        if " − " in name or move not in known or len(amount) != 1:
             sentence = f'a name without " − ", and (move, amount) with a move of {", ".join(known)}'
             raise files.UserError(f"the arm {name!r} needs {sentence}.")
         teleported |= move == "teleport"
