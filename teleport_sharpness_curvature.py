@@ -165,7 +165,7 @@ def rescale_to(weights, x, measure, targets):
 
     Their functions are kept. A network whose target is not finite stays as it is.
     """
-    targets = torch.where(targets.isfinite(), targets, measure(weights))
+    targets = targets.masked_fill(~targets.isfinite(), math.nan)  # infinity is a target, too
     how = x, RESCALING_LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
     return ascend_to(targets, measure, weights, *how)[0]
 

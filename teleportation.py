@@ -280,10 +280,11 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
     """Move weights along their orbit until the objective has reached a target.
 
     target: a number or a tensor [...], such as 2 * objective(weights); runs that begin above it
-    descend. A step has the length `length`, the norm of all T_m together, or less where the slope
-    says that the target is nearer. A run ends after `steps` steps, where it has reached its target,
-    or where a step would not bring it nearer; that step is not taken. objective and x: as `ascend`
-    takes them. Returns the new weights and the objective on the way, [steps taken + 1, ...].
+    descend, and runs whose target is nan stay. A step has the length `length`, the norm of all T_m
+    together, or less where the slope says that the target is nearer. A run ends after `steps`
+    steps, where it has reached its target, or where a step would not bring it nearer; that step is
+    not taken. objective and x: as `ascend` takes them. Returns the new weights and the objective on
+    the way, [steps taken + 1, ...].
     """
     target = torch.as_tensor(target).to(x)
     value = objective(weights)
