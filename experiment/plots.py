@@ -114,6 +114,7 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     plain_log_axis(losses, "y")
     if max(map(abs, differences.get_ylim())) > 1:  # where arms fail the others are seen, too
         differences.set_yscale("symlog", linthresh=0.01)
+        differences.set_ylabel("logarithmic beyond ±0.01")
     differences.set(title="test loss − plain's, 95 % interval", xlabel="epoch", xlim=xlim)
     legend_beside(differences)
     figure.tight_layout()

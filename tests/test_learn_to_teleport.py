@@ -326,9 +326,15 @@ def test_what_diverges_is_counted_and_the_verdicts_follow(tmp_path, monkeypatch)
     assert len(drawn) == 6
 
 
-def test_quick_ends_with_table_and_figures(tmp_path, run_script, call, monkeypatch):
+def test_quick_ends_with_table_and_figures(tmp_path, call, monkeypatch):
+    """With LSTMs of five units."""
+    small = {
+        name: m._replace(networks=tuple(n._replace(hidden=5) for n in m.networks))
+        for name, m in script.METHODS.items()
+    }
+    monkeypatch.setattr(script, "METHODS", small)
     options = ["--quick", "--seeds", "1", "--output", tmp_path]
-    done = run_script("learn-to-teleport/multi_layer_regression.py", *options)
+    done = call(script, *options)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "learn-to-teleport/figures/quick/1seeds"
     kinds = [
