@@ -169,9 +169,13 @@ def test_claims_of_the_readme_follow_from_the_summaries():
         counts = entry["arms"]["every epoch"]  # exact moves do harm, too
         assert counts["runs_that_end_above_plain"] + counts["diverged"] == 20
     cifar = summary("optimization-5runs-10epochs")
-    for optimizer in ("SGD", "Adam"):
+    for optimizer in ("SGD", "AdaGrad", "Adam"):
         assert cifar[f"CIFAR10_{optimizer}"]["differences"]["kept − plain"]["10"]["low"] > 0
     assert cifar["CIFAR10_momentum"]["arms"]["kept"]["diverged"] == 4
+    assert cifar["CIFAR10_AdaGrad"]["differences"]["reset − plain"]["10"]["low"] > 0
+    for entry in cifar.values():  # no arm gains; where too few runs are left there is no interval
+        ends = [d["10"]["high"] for pair, d in entry["differences"].items() if "− plain" in pair]
+        assert all(high is None or high > 0 for high in ends)
     for entry in summary("optimization-action").values():  # no action gains in the end
         assert all(d["40"]["low"] < 0 < d["40"]["high"] for d in entry["differences"].values())
     factors = [
