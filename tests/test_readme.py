@@ -175,7 +175,7 @@ def test_claims_of_the_readme_follow_from_the_summaries():
     assert cifar["CIFAR10_AdaGrad"]["differences"]["reset − plain"]["10"]["low"] > 0
     for entry in cifar.values():  # no arm gains; where too few runs are left there is no interval
         ends = [d["10"]["high"] for pair, d in entry["differences"].items() if "− plain" in pair]
-        assert all(high is None or high > 0 for high in ends)
+        assert all(high is None or high >= 0 for high in ends)
     for entry in summary("optimization-action").values():  # no action gains in the end
         assert all(d["40"]["low"] < 0 < d["40"]["high"] for d in entry["differences"].values())
     factors = [
