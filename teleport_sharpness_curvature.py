@@ -13,6 +13,7 @@ first mini-batches, and go on with SGD. The arms, all runs of which train as one
     the same four, rescaled                     exact rescalings to the φ or κ that these reach
     random, random in one pair                  moves as long as those of sharpness decrease and of
                                                 curvature increase, in random directions
+    random rescaling, the same (curvature)      the same for the two increases, rescaled
     refit                                       the pseudoinverse action with g = I alone
 
 Runs differ in their initial weights, and share the teleports' batches and draws. A network that
@@ -124,11 +125,16 @@ CLAIMS = {  # of the paper: how the test loss changes
     "curvature increase": "falls",
 }
 LITTLE = 0.01  # of plain's final test loss
-CONTROLS = {"sharpness decrease": "random", "curvature increase": "random in one pair"}
 RESCALED = {arm: f"{arm}, rescaled" for arm in CLAIMS}  # move to where that arm's φ or κ is
 CLAIMS |= {rescaled: CLAIMS[arm] for arm, rescaled in RESCALED.items()}
-ARMS = ("plain", *CLAIMS, "random", "random in one pair", "refit")
-COLOURS = plots.BLACK, plots.BLUE, plots.RED, plots.SKY, plots.ORANGE, plots.GREY
+CONTROLS = {
+    "sharpness decrease": "random",
+    "curvature increase": "random in one pair",
+    "sharpness increase, rescaled": "random rescaling",
+    "curvature increase, rescaled": "random rescaling (curvature)",
+}
+ARMS = ("plain", *CLAIMS, *CONTROLS.values(), "refit")
+COLOURS = plots.BLACK, plots.BLUE, plots.RED, plots.SKY, plots.ORANGE, plots.GREY, plots.GREEN
 CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
 MEASURES = {"sharpness": "φ", "curvature": "κ"}  # what each quantity's arms change
 QUANTITIES = ("loss", *MEASURES.values())
@@ -173,11 +179,11 @@ def rescale_to(weights, x, measure, targets):
 def teleport_pair(weights, x, y, experiment, quantity, k, M):
     """Move both arms of a quantity, as one stack where both move at the k-th mini-batch.
 
-    Returns {arm: (weights, group elements of the pairs acted on)} for those that move.
+    Returns {arm: weights} and {arm: group elements, of each pair} for those that move.
     """
     arms = [a for a in RESCALED if a.startswith(quantity) and k < experiment.teleports[a].number]
     if not arms:
-        return {}
+        return {}, {}
     settings = [experiment.teleports[arm] for arm in arms]
     stack = [torch.stack([w[ARMS.index(arm)] for arm in arms]) for w in weights]
     lr = torch.tensor([s.lr for s in settings])[:, None].to(x)
@@ -192,24 +198,34 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
     else:
         how = ACTIVATION, PAIR, experiment.max_tm_norm, ACTION
         new, g = teleport_curvature(stack, x, lr, [M], *how)
-        elements = [g]
-    return {arm: ([w[i] for w in new], [g[i] for g in elements]) for i, arm in enumerate(arms)}
+        elements = [torch.eye(w.shape[-2]).to(w).expand(*w.shape[:2], -1, -1) for w in stack[:-1]]
+        elements[PAIR] = g
+    return [{arm: [t[i] for t in ts] for i, arm in enumerate(arms)} for ts in (new, elements)]
 
 
-def control_elements(weights, teleported, rng):
-    """Return {arm: group elements} of the controls of the arms in `teleported`, and of refit.
-
-    teleported: as `teleport_pair` returns them; weights: [arms, runs, d_{m+1}, d_m].
-    """
-    runs = weights[0].shape[1]
-    identities = [torch.eye(w.shape[-2]).to(w).repeat(runs, 1, 1) for w in weights[:-1]]
-    elements = {"refit": identities}
-    if "sharpness decrease" in teleported:
-        elements["random"] = random_group_elements(teleported["sharpness decrease"][1], rng, ACTION)
-    if "curvature increase" in teleported:
-        (drawn,) = random_group_elements(teleported["curvature increase"][1], rng, ACTION)
-        elements["random in one pair"] = [*identities[:PAIR], drawn, *identities[PAIR + 1 :]]
+def elements_of_rescaling(weights, rescaled):
+    """Return I + log g_m of the rescaling between weights [runs, d_{m+1}, d_m], for each pair."""
+    elements, below = [], 1.0
+    for w, new in zip(weights[:-1], rescaled):
+        g = new.norm(dim=-1) / (w / below).norm(dim=-1)
+        elements.append(torch.eye(g.shape[-1]).to(g) + torch.diag_embed(g.log()))
+        below = g[..., None, :]
     return elements
+
+
+def move_controls(weights, x, elements, rng):
+    """Return {arm: weights} of the controls of the arms in `elements`, and of refit, after a move.
+
+    elements: {arm: g_m of each pair, [runs, d, d]}; of a rescaling I + log g_m. A control's T_m
+    (of a rescaling: log g_m) have the same norms, in random directions.
+    """
+    new = {"refit": ([torch.eye(w.shape[-2]).to(w) for w in weights[:-1]], ACTION)}
+    for arm, control in CONTROLS.items():
+        if arm in elements:
+            action = RESCALING if arm in RESCALED.values() else ACTION
+            new[control] = random_group_elements(elements[arm], rng, action), action
+    own = {arm: [w[ARMS.index(arm)] for w in weights] for arm in new}
+    return {arm: act(own[arm], x, g, ACTIVATION, action) for arm, (g, action) in new.items()}
 
 
 @torch.no_grad()
@@ -234,21 +250,20 @@ def move(weights, data, experiment, k, diverged):
     def own(arm):
         return [w[ARMS.index(arm)] for w in weights]
 
-    def give(arm, new):
+    before = measure()
+    moved, elements = {}, {}
+    for quantity in MEASURES:
+        new, g = teleport_pair(weights, x, y, experiment, quantity, k, M)
+        moved, elements = moved | new, elements | g
+    for arm in list(moved):
+        f, rescaled = measured[0][MEASURES[arm.split()[0]]], RESCALED[arm]
+        targets = f(moved[arm]).masked_fill(diverged[ARMS.index(arm)], math.nan)
+        moved[rescaled] = rescale_to(own(rescaled), x, f, targets)
+        elements[rescaled] = elements_of_rescaling(own(rescaled), moved[rescaled])
+    moved |= move_controls(weights, x, elements, rng)
+    for arm, new in moved.items():
         for w, n in zip(own(arm), new):
             w.copy_(n)
-
-    before = measure()
-    teleported = {}
-    for quantity in MEASURES:
-        teleported |= teleport_pair(weights, x, y, experiment, quantity, k, M)
-    for arm, (new, _) in teleported.items():
-        f, partner = measured[0][MEASURES[arm.split()[0]]], RESCALED[arm]
-        targets = f(new).masked_fill(diverged[ARMS.index(arm)], math.nan)
-        give(arm, new)
-        give(partner, rescale_to(own(partner), x, f, targets))
-    for arm, g in control_elements(weights, teleported, rng).items():
-        give(arm, act(own(arm), x, g, ACTIVATION, ACTION))
     models.replace_diverged(weights, diverged)
     return torch.stack([before, measure()], 1).permute(3, 0, 1, 2, 4)
 

@@ -15,7 +15,7 @@ import torch
 import teleport_sharpness_curvature as script
 from data import load_sample, shuffled_batch
 from models import LeakyReLU, cross_entropy, forward, init_weights, train_epoch_sgd
-from teleportation import act, curvature_along
+from teleportation import RESCALING, act, curvature_along
 
 MNIST = script.EXPERIMENTS["MNIST"]
 SETTINGS = {"runs": 2}
@@ -165,26 +165,33 @@ def test_a_network_without_a_target_stays(trained):
 
 
 def test_controls_are_as_long_as_what_they_control(short, trained, monkeypatch):
-    lengths = {}
+    def log_of(g):
+        return g.diagonal(dim1=-2, dim2=-1).log().norm(dim=-1)
 
-    def record(weights, x, elements, activation, action):
-        lengths[len(lengths)] = [(g - torch.eye(g.shape[-1])).norm(dim=(-2, -1)) for g in elements]
-        return act(weights, x, elements, activation, action)
+    def distance(g):
+        return (g - torch.eye(g.shape[-1])).norm(dim=(-2, -1))
 
-    given = []
-    draw = script.random_group_elements
-    monkeypatch.setattr(script, "act", record)
+    acted, given, draw = [], [], script.random_group_elements
+    monkeypatch.setattr(script, "act", lambda w, x, g, *how: acted.append(g) or act(w, x, g, *how))
     monkeypatch.setattr(
         script, "random_group_elements", lambda g, *how: given.append(g) or draw(g, *how)
     )
     script.move([w.clone() for w in trained], load_sample("MNIST"), MNIST, 0, NONE)
-    refit, random, in_one_pair = lengths.values()
-    assert all((length == 0).all() for length in refit)
-    for length, g in zip(random, given[0]):
-        torch.testing.assert_close(length, (g - torch.eye(g.shape[-1])).norm(dim=(-2, -1)))
-    assert (in_one_pair[0] == 0).all()
-    (g,) = given[1]
-    torch.testing.assert_close(in_one_pair[1], (g - torch.eye(10)).norm(dim=(-2, -1)))
+    refit, *controls = acted
+    assert all((distance(g) == 0).all() for g in refit)
+    for length, elements, controlled in zip([distance] * 2 + [log_of] * 2, controls, given):
+        for g, other in zip(elements, controlled):
+            torch.testing.assert_close(length(g), distance(other))
+    assert (distance(controls[1][0]) == 0).all() and (distance(controls[1][1]) > 0).all()
+
+
+def test_elements_of_a_rescaling_are_its_own(trained):
+    weights = [w[0] for w in trained]
+    T = [0.3 * torch.randn(2, d, generator=torch.Generator().manual_seed(d)) for d in (16, 10)]
+    elements = [torch.diag_embed(t.exp()) for t in T]
+    rescaled = act(weights, torch.zeros(784, 1), elements, LeakyReLU(), RESCALING)
+    for found, t in zip(script.elements_of_rescaling(weights, rescaled), T):
+        torch.testing.assert_close(found, torch.eye(t.shape[-1]) + torch.diag_embed(t))
 
 
 def test_a_network_that_diverges_is_left_out_and_the_others_go_on(
@@ -321,12 +328,14 @@ def test_the_summary_says_what_made_up_results_say():
         "curvature increase, rescaled − plain": "opposite",
         "sharpness decrease − random": "does not hold",
         "curvature increase − random in one pair": "holds",
+        "sharpness increase, rescaled − random rescaling": "opposite",
+        "curvature increase, rescaled − random rescaling (curvature)": "holds",
     }
     # sharpness decrease is 1 above plain and 8 below its control, random
     assert summary["differences"]["sharpness decrease − random"][40]["mean"] == pytest.approx(-8)
     text = script.table({"MNIST": summary})
     row = "| sharpness decrease − plain (claim: changes little) | +1000.0 [+1000.0, +1000.0]"
-    assert row in text and "| refit − plain | +11000.0 [" in text
+    assert row in text and "| refit − plain | +13000.0 [" in text
     assert "| MNIST, refit | 3 | 5 | 6 | 7 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| MNIST, ")]
     assert len(rows) == arms - 1  # plain does not move
