@@ -14,6 +14,7 @@ sample; leading dimensions are runs.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -56,20 +57,19 @@ def pseudoinverse(h):
     q, r = torch.linalg.qr(h.mT)  # h = r^T q^T
     inverse = torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
     diagonal = r.diagonal(dim1=-2, dim2=-1).abs()
-    # written so that nan counts as deficient
-    deficient = ~(diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1))
-    if deficient.any():
-        finite = h.isfinite().all(-1).all(-1)
-        for runs, what in ((~finite, "finite"), (deficient & finite, "of full rank")):
-            if runs.any():
-                named = f"the activations [{d}, {n}] of runs {runs.nonzero().tolist()}"
-                kept = "the group action does not preserve their outputs exactly"
-                warnings.warn(f"{named} are not {what}: {kept}", stacklevel=2)
-        # not in place, for the sake of derivatives; where a rank is deficient they may be nan
-        inverse = torch.where(finite[..., None, None], inverse, torch.nan)
-        deficient = deficient & finite
-        inverse = inverse.index_put((deficient,), torch.linalg.pinv(h[deficient]))
-    return inverse
+    full = diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1)  # False for nan
+    if full.all():
+        return inverse
+    finite = h.isfinite().all(-1).all(-1)
+    deficient = ~full & finite
+    for runs, what in ((~finite, "finite"), (deficient, "of full rank")):
+        if runs.any():
+            named = f"the activations [{d}, {n}] of runs {runs.nonzero().tolist()}"
+            kept = "the group action does not preserve their outputs exactly"
+            warnings.warn(f"{named} are not {what}: {kept}", stacklevel=2)
+    # not in place, for the sake of derivatives; where a rank is deficient they may be nan
+    inverse = torch.where(finite[..., None, None], inverse, torch.nan)
+    return inverse.index_put((deficient,), torch.linalg.pinv(h[deficient]))
 
 
 def group_action(U, V, h, g, activation):
@@ -235,15 +235,7 @@ def ascent_direction(objective, weights, x, activation, action=PSEUDOINVERSE):
 
 @torch.no_grad()
 def ascend(
-    objective,
-    weights,
-    x,
-    lr,
-    steps,
-    activation,
-    stop=INF,
-    max_norm=INF,
-    action=PSEUDOINVERSE,
+    objective, weights, x, lr, steps, activation, stop=INF, max_norm=INF, action=PSEUDOINVERSE
 ):
     """Move weights along their orbit by gradient ascent on T_m, whose element acts on each pair.
 
@@ -295,10 +287,8 @@ def ascend_to(target, objective, weights, x, length, steps, activation, action=P
         norm = inner_product(slopes, slopes).sqrt()
         # a little beyond, so that the target is reached rather than approached
         step = sign * (1.05 * (target - value).abs() / norm).clamp(max=length) / norm
-        elements = [
-            action.element((step[..., None, None] * t).nan_to_num(0.0, 0.0, 0.0)) for t in slopes
-        ]
-        moved = act(weights, x, elements, activation, action)
+        T = [(step[..., None, None] * t).nan_to_num(0.0, 0.0, 0.0) for t in slopes]
+        moved = act(weights, x, [action.element(t) for t in T], activation, action)
         new = objective(moved)
         going = going & (sign * (new - value) > 0)
         weights = [torch.where(going[..., None, None], m, w) for m, w in zip(moved, weights)]
@@ -321,8 +311,7 @@ def level_set_ascent(weights, x, y, length, steps, activation):
     `objective`, |∇L|² [steps + 1, ...].
     """
 
-    def loss(weights):
-        return cross_entropy(weights, x, y, activation)
+    loss = partial(cross_entropy, x=x, y=y, activation=activation)
 
     def norm(weights):
         return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
@@ -422,24 +411,19 @@ def perturbed(weights, z, x, directions):
         yield upper, z + dz[..., ks, :, :]
 
 
-def check_like(weights, directions):
-    """Raise ValueError where directions are not like the weights with one more dimension."""
-    expected, found = ([list(t.shape) for t in tensors] for tensors in (weights, directions))
-    if [shape[-2:] for shape in expected] != [shape[-2:] for shape in found if len(shape) > 2]:
-        raise ValueError(
-            f"directions must be [..., K, out, in] for the weights {expected}, not {found}"
-        )
-
-
 def perturbed_losses(weights, x, y, directions, activation):
     """Return the losses [..., K] at w + d_k.
 
     x: [d_0, n], y: [n]; directions: a list like the weights with one more leading dimension, D[m]:
     [..., K, d_{m+1}, d_m], whose leading dimensions broadcast against the runs'. Directions
-    without any are shared by all runs, and their products with x are then computed once.
+    without any are shared by all runs, and their products with x are then computed once. Raises
+    ValueError where the inputs do not fit.
     """
     check_batch(weights, x, y)
-    check_like(weights, directions)
+    expected, found = ([list(t.shape) for t in tensors] for tensors in (weights, directions))
+    if [shape[-2:] for shape in expected] != [shape[-2:] for shape in found if len(shape) > 2]:
+        needed = f"[..., K, out, in] for the weights {expected}"
+        raise ValueError(f"directions must be {needed}, not {found}")
     networks = perturbed(weights, weights[0] @ x, x, directions)
     losses = [cross_entropy_of_logits(propagate(*network, activation), y) for network in networks]
     return torch.cat(losses, -1)
@@ -474,8 +458,12 @@ def curve_derivatives(weights, x, generators, activation, exact=False):
     """
     check_batch(weights, x)
     check_action(INVERSE_ACTIVATION, activation)
-    generators = list(generators)
-    check_square(weights, dict(enumerate(generators)), len(weights) - 1)
+    generators, pairs = list(generators), len(weights) - 1
+    if len(generators) != pairs:
+        found = len(generators)
+        raise ValueError(f"there must be {pairs} generators, one for each pair, not {found}")
+    for m, M in enumerate(generators):
+        check_square(weights, m, M)
     if exact:
 
         def curve(t):
@@ -483,11 +471,10 @@ def curve_derivatives(weights, x, generators, activation, exact=False):
             return act(weights, x, elements, activation, INVERSE_ACTIVATION)
 
         return two_derivatives(curve, torch.zeros(()).to(x))
-    first = [torch.zeros_like(w) for w in weights]
-    second = [torch.zeros_like(w) for w in weights]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
     h = x
     for m, M in enumerate(generators):
-        V, U = weights[m], weights[m + 1]
+        V, U = weights[m : m + 2]
         z = V @ h
         h_next, slope = activation(z), activation.derivative(z)
         h_pinv = torch.linalg.pinv(h)  # dead units make h rank-deficient: no reason for a warning
@@ -512,20 +499,13 @@ def with_mixed_derivatives(weights, first, second, generators):
     return [second[0], *mixed, second[-1]]
 
 
-def check_square(weights, generators, number=1):
-    """Raise ValueError where a generator {m: M_m} is not [..., d, d] for the pair m's d units."""
-    if len(generators) != number:
-        raise ValueError(
-            f"there must be {number} generators, one for each pair, not {len(generators)}"
-        )
-    for m, M in generators.items():
-        if not 0 <= m < len(weights) - 1:
-            raise ValueError(f"there is no pair {m} of layers: there are {len(weights) - 1}")
-        d = weights[m].shape[-2]
-        if list(M.shape[-2:]) != [d, d]:
-            raise ValueError(
-                f"the generator of pair {m} must be [..., {d}, {d}], not {list(M.shape)}"
-            )
+def check_square(weights, m, M):
+    """Raise ValueError where a generator M is not [..., d, d] for the d units of the pair m."""
+    if not 0 <= m < len(weights) - 1:
+        raise ValueError(f"there is no pair {m} of layers: there are {len(weights) - 1}")
+    d, found = weights[m].shape[-2], list(M.shape)
+    if found[-2:] != [d, d]:
+        raise ValueError(f"the generator of pair {m} must be [..., {d}, {d}], not {found}")
 
 
 def inner_product(a, b):
@@ -560,7 +540,7 @@ def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVER
     where n < d: it needs hidden activations a = σ(Vh) of full row rank.
     """
     check_batch(weights, x)
-    check_square(weights, {layer: generator})
+    check_square(weights, layer, generator)
     check_action(action, activation)
     generator, h = action.project(generator), hidden_input(weights, x, layer, activation)
     V, U = weights[layer : layer + 2]
@@ -633,9 +613,7 @@ def teleport_sharpness(
     def objective(weights):
         return sum(sharpness(weights, x, y, block, activation) for block in draw()) / len(radii)
 
-    objective.value_and_gradient = lambda weights: sharpness_and_gradient(
-        weights, x, y, draw(), activation
-    )
+    objective.value_and_gradient = lambda w: sharpness_and_gradient(w, x, y, draw(), activation)
     weights, path = ascend(objective, weights, x, lr, steps, activation, stop, max_norm, action)
     return (weights, path) if return_path else weights
 
@@ -654,7 +632,7 @@ def teleport_curvature(
     check_batch(weights, x)
     generators = [action.project(M) for M in generators]
     for M in generators:
-        check_square(weights, {layer: M})
+        check_square(weights, layer, M)
     weights, total = list(weights), torch.eye(weights[layer].shape[-2]).to(x)
     h = hidden_input(weights, x, layer, activation)
     for M in generators:
@@ -677,16 +655,15 @@ def estimate(weights, x, y, radii, k, activation, sphere=False):
     each radius, and M for each pair of layers. x: [d_0, n], y: [n].
     """
     check_batch(weights, x, y)
-    widths = widths_of(weights)
-    generators = random_generators(widths, torch.Generator().manual_seed(12345 * k))
-    rng = torch.Generator().manual_seed(12345 * k + 1)
+    widths, rng = widths_of(weights), torch.Generator()
+    generators = [M.to(x) for M in random_generators(widths, rng.manual_seed(12345 * k))]
+    rng.manual_seed(12345 * k + 1)
     directions = [d.to(x) for d in random_directions(widths, radii, rng, sphere)]
     # The batch meets the first layer through its span alone: with X = QR, W_0 X = (W_0 Q) R, and
     # since Q's columns are orthonormal, so are γ's lengths kept. That leaves n inputs of d_0.
     q, x = torch.linalg.qr(x)
     directions[0] = directions[0] @ q
     weights = [weights[0] @ q, *weights[1:]]
-    generators = [M.to(x) for M in generators]
     first, second = curve_derivatives(weights, x, generators, activation)
     exact = with_mixed_derivatives(weights, first, second, generators)
     return (
