@@ -31,9 +31,10 @@ from experiment import files, launch, plots, statistics
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.optim import SGD, Adagrad, Adam, RMSprop
 
 import models
-from data import TITLES, Dataset, load_data, shuffled_batch
+from data import TITLES, load_data, shuffled_batch
 from teleportation import (
     PSEUDOINVERSE,
     RESCALING,
@@ -62,16 +63,13 @@ class Experiment(NamedTuple):
     ascent_lr: float  # of the ascent on T
 
 
-SGD = torch.optim.SGD
 BELOW_AND_ABOVE, ABOVE = (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0)
 EXPERIMENTS = {  # names without "_"
     "SGD": Experiment(SGD, 1e-2, BELOW_AND_ABOVE, 1.0, 2, 1e-4),
-    "AdaGrad": Experiment(
-        partial(torch.optim.Adagrad, fused=True), 1e-2, BELOW_AND_ABOVE, 3.0, 2, 1e-4
-    ),
+    "AdaGrad": Experiment(partial(Adagrad, fused=True), 1e-2, BELOW_AND_ABOVE, 3.0, 2, 1e-4),
     "momentum": Experiment(partial(SGD, momentum=0.9), 1e-3, BELOW_AND_ABOVE, 1.0, 0, 5e-2),
-    "RMSprop": Experiment(torch.optim.RMSprop, 1e-4, ABOVE, 3.0, 0, 5e-2),
-    "Adam": Experiment(partial(torch.optim.Adam, fused=True), 1e-4, ABOVE, 3.0, 0, 5e-2),
+    "RMSprop": Experiment(RMSprop, 1e-4, ABOVE, 3.0, 0, 5e-2),
+    "Adam": Experiment(partial(Adam, fused=True), 1e-4, ABOVE, 3.0, 0, 5e-2),
 }
 ACTIVATION, ACTION = models.LeakyReLU(), PSEUDOINVERSE
 TELEPORTS = 8  # mini-batches with a teleport before them: the first of the epoch
@@ -107,67 +105,47 @@ class Study(NamedTuple):
 TELEPORT, DOUBLING = ("teleport", STEPS), ("rescale", 2)
 BOTH = "published", "best"
 EVERY = tuple(range(1000))  # epoch
+PUBLISHED = {
+    "plain": Arm(),
+    "kept": Arm(TELEPORT),
+    "teleport": Arm(TELEPORT, renewed=True),
+    "reset": Arm(("stay", 0), renewed=True),
+    "random": Arm(("random", 0), renewed=True),
+}
+ACTIONS = {
+    "plain": Arm(),
+    "pseudoinverse": Arm(TELEPORT),
+    "random": Arm(("random", 0)),
+    "level set": Arm(("level set", STEPS)),
+    "gradient step": Arm(("gradient step", 0)),
+    **{f"rescaling × {factor}": Arm(("rescale", factor)) for factor in (1.1, 1.5, 2)},
+}
+WHEN = {
+    "plain": Arm(),
+    **{f"epoch {epoch}": Arm(TELEPORT, epochs=(epoch,)) for epoch in (0, 1, 2, 5, 10, 20)},
+    "every epoch": Arm(TELEPORT, epochs=EVERY),
+}
+HOW_FAR = {"plain": Arm(), **{f"{n} steps": Arm(("teleport", n)) for n in (1, 10, 100, 1000)}}
+HOW_OFTEN = {
+    "plain": Arm(),
+    **{f"{n} mini-batches": Arm(TELEPORT, moves=n) for n in (1, 8, 64)},
+    "every 10th of an epoch": Arm(TELEPORT, epochs=EVERY, moves=10, apart=250),
+}
+RESCALINGS = {  # later and more often, in exact moves that can't overshoot
+    "plain": Arm(),
+    "epoch 0": Arm(DOUBLING),
+    "epoch 5": Arm(DOUBLING, epochs=(5,)),
+    "every epoch": Arm(DOUBLING, epochs=EVERY),
+    "64 mini-batches": Arm(DOUBLING, moves=64),
+}
 STUDIES = {
-    "published": Study(
-        {
-            "plain": Arm(),
-            "kept": Arm(TELEPORT),
-            "teleport": Arm(TELEPORT, renewed=True),
-            "reset": Arm(("stay", 0), renewed=True),
-            "random": Arm(("random", 0), renewed=True),
-        }
-    ),
-    "lr": Study(
-        {"plain": Arm(), "kept": Arm(TELEPORT), "teleport": Arm(TELEPORT, renewed=True)},
-        ("all",),
-        "kept",
-    ),
-    "action": Study(
-        {
-            "plain": Arm(),
-            "pseudoinverse": Arm(TELEPORT),
-            "random": Arm(("random", 0)),
-            "level set": Arm(("level set", STEPS)),
-            "gradient step": Arm(("gradient step", 0)),
-            **{f"rescaling × {factor}": Arm(("rescale", factor)) for factor in (1.1, 1.5, 2)},
-        },
-        BOTH,
-        "rescaling × 2",
-    ),
-    "when": Study(
-        {
-            "plain": Arm(),
-            **{f"epoch {epoch}": Arm(TELEPORT, epochs=(epoch,)) for epoch in (0, 1, 2, 5, 10, 20)},
-            "every epoch": Arm(TELEPORT, epochs=EVERY),
-        },
-        BOTH,
-        "every epoch",
-    ),
-    "how-far": Study(
-        {"plain": Arm(), **{f"{n} steps": Arm(("teleport", n)) for n in (1, 10, 100, 1000)}},
-        BOTH,
-        "100 steps",
-    ),
-    "how-often": Study(
-        {
-            "plain": Arm(),
-            **{f"{n} mini-batches": Arm(TELEPORT, moves=n) for n in (1, 8, 64)},
-            "every 10th of an epoch": Arm(TELEPORT, epochs=EVERY, moves=10, apart=250),
-        },
-        BOTH,
-        "every 10th of an epoch",
-    ),
-    "rescaling": Study(  # later and more often, in exact moves that can't overshoot
-        {
-            "plain": Arm(),
-            "epoch 0": Arm(DOUBLING),
-            "epoch 5": Arm(DOUBLING, epochs=(5,)),
-            "every epoch": Arm(DOUBLING, epochs=EVERY),
-            "64 mini-batches": Arm(DOUBLING, moves=64),
-        },
-        BOTH,
-        "every epoch",
-    ),
+    "published": Study(PUBLISHED),
+    "lr": Study({arm: PUBLISHED[arm] for arm in ("plain", "kept", "teleport")}, ("all",), "kept"),
+    "action": Study(ACTIONS, BOTH, "rescaling × 2"),
+    "when": Study(WHEN, BOTH, "every epoch"),
+    "how-far": Study(HOW_FAR, BOTH, "100 steps"),
+    "how-often": Study(HOW_OFTEN, BOTH, "every 10th of an epoch"),
+    "rescaling": Study(RESCALINGS, BOTH, "every epoch"),
 }
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 EPOCHS_SHOWN = (1, 5, 10, 40)  # in the table
@@ -190,49 +168,46 @@ class Moment(NamedTuple):
 
     x: torch.Tensor  # [d_0, n], the move's batch, and y: [n]
     y: torch.Tensor
-    data: Dataset  # that the batch is from
     lr: float  # of the ascent on T
     rng: torch.Generator
     reference: Reference | None  # of the last arm above that teleports before this mini-batch
 
 
-def gradient_step(weights, x, y, length):
-    """Return the weights after a step down the gradient of the batch's loss, of a length [runs]."""
+def random_move(weights, _, at):
+    """Return the weights acted on by random group elements as far from I as the teleport's."""
+    elements = random_group_elements(at.reference.group_elements, at.rng, ACTION)
+    return act(weights, at.x, elements, ACTIVATION, ACTION)
 
-    def loss(weights):
-        return models.cross_entropy(weights, x, y, ACTIVATION)
 
+def climb(weights, steps, at):
+    """Return the weights after steps within the batch's level set, in all as long as a teleport."""
+    length = at.reference.length / steps
+    return level_set_ascent(weights, at.x, at.y, length, steps, ACTIVATION)[0]
+
+
+def gradient_step(weights, _, at):
+    """Return the weights after a step down the batch's gradient, as long as the teleport."""
+    loss = partial(models.cross_entropy, x=at.x, y=at.y, activation=ACTIVATION)
     gradient = value_and_gradient(loss, weights)[1]
-    scale = (length / inner_product(gradient, gradient).sqrt())[..., None, None]
+    scale = (at.reference.length / inner_product(gradient, gradient).sqrt())[..., None, None]
     return [w - scale * g for w, g in zip(weights, gradient)]
 
 
-def rescale_by(weights, x, y, factor):
-    """Return weights rescaled, in RESCALING_STEPS at most, until |∇L|² has grown by a factor."""
-    objective = partial(gradient_norm_squared, x=x, y=y, activation=ACTIVATION)
-    target = factor * objective(weights)
-    how = x, LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
+def rescale(weights, factor, at):
+    """Return weights rescaled so far that TELEPORTS such moves multiply |∇L|² by a factor."""
+    objective = partial(gradient_norm_squared, x=at.x, y=at.y, activation=ACTIVATION)
+    target = factor ** (1 / TELEPORTS) * objective(weights)
+    how = at.x, LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
     return ascend_to(target, objective, weights, *how)[0]
 
 
-# (weights, amount, Moment) -> new weights. Random, level set and gradient step go as far as the
-# teleport of an arm above theirs; the factor of `rescale` is that of all TELEPORTS moves together.
+# (weights, amount, Moment) -> new weights; the teleport that some go as far as is an arm's above
 MOVES = {
     "stay": lambda weights, *_: weights,
-    "random": lambda weights, _, at: act(
-        weights,
-        at.x,
-        random_group_elements(at.reference.group_elements, at.rng, ACTION),
-        ACTIVATION,
-        ACTION,
-    ),
-    "level set": lambda weights, steps, at: level_set_ascent(
-        weights, at.x, at.y, at.reference.length / steps, steps, ACTIVATION
-    )[0],
-    "gradient step": lambda weights, _, at: gradient_step(weights, at.x, at.y, at.reference.length),
-    "rescale": lambda weights, factor, at: rescale_by(
-        weights, at.x, at.y, factor ** (1 / TELEPORTS)
-    ),
+    "random": random_move,
+    "level set": climb,
+    "gradient step": gradient_step,
+    "rescale": rescale,
 }
 
 
@@ -270,24 +245,20 @@ def move(weights, stack, due, data, ascent_lr):
     """
     measured = torch.full((len(stack), 5, weights[0].shape[1]), torch.nan, device=weights[0].device)
     seconds, reference = torch.zeros(len(stack)), None
-    for i, (name, arm) in enumerate(stack.items()):
-        if name not in due:
-            continue
-        k, own = due[name], [w[i].clone() for w in weights]
-        x, y = shuffled_batch(data, TELEPORT_BATCH, k)
+    test = data.x_test, data.y_test, ACTIVATION
+    for name, k in due.items():
+        i = list(stack).index(name)
+        own, (x, y) = [w[i].clone() for w in weights], shuffled_batch(data, TELEPORT_BATCH, k)
         start = time.perf_counter()
         rng = torch.Generator().manual_seed(models.SEED + k)
-        new, reference = move_arm(arm, own, Moment(x, y, data, ascent_lr, rng, reference))
+        new, reference = move_arm(stack[name], own, Moment(x, y, ascent_lr, rng, reference))
         seconds[i] = time.perf_counter() - start
         for w, moved in zip(weights, new):
             w[i] = moved
         before, after = (loss_and_gradient_norm_squared(w, x, y, ACTIVATION) for w in (own, new))
         measured[i, :4] = torch.stack([*before, *after])
         if k == 0:
-            then, now = (
-                models.evaluate(w, data.x_test, data.y_test, ACTIVATION)[0] for w in (own, new)
-            )
-            measured[i, 4] = now - then
+            measured[i, 4] = models.evaluate(new, *test)[0] - models.evaluate(own, *test)[0]
     return measured, seconds
 
 
@@ -335,9 +306,8 @@ def train_epoch(state, data, experiment, stack, due):
         state["moves"] = np.concatenate([state["moves"], torch.stack(moved).cpu().numpy()])
     training = time.perf_counter() - begin - float(seconds.sum())
     test = models.evaluate(list(model.weights), data.x_test, data.y_test, ACTIVATION)
-    values = [values.masked_fill(diverged, torch.nan) for values in (loss, *test)]
-    values = dict(zip(CURVES, values))
-    state = files.appended(state, seconds=training, move_seconds=seconds, **values)
+    curves = {key: v.masked_fill(diverged, torch.nan) for key, v in zip(CURVES, (loss, *test))}
+    state = files.appended(state, seconds=training, move_seconds=seconds, **curves)
     return state | models.to_arrays(model.weights) | models.optimizer_to_arrays(optimizer)
 
 
@@ -371,11 +341,8 @@ def parts_of(study, dataset, optimizers):
     """Return the parts of a study: a dataset, an optimizer, and a rate if not the published."""
     parts = []
     for name in optimizers:
-        known = {
-            "published": [1.0],
-            "best": [EXPERIMENTS[name].best],
-            "all": EXPERIMENTS[name].rates,
-        }
+        experiment = EXPERIMENTS[name]
+        known = {"published": [1.0], "best": [experiment.best], "all": experiment.rates}
         rates = sorted({rate for key in study.rates for rate in known[key]})
         parts += [f"{dataset}_{name}" + (f"_{rate:g}" if rate != 1 else "") for rate in rates]
     return parts
@@ -413,11 +380,9 @@ def compute(args):
     parts = parts_of(study, args.dataset, args.optimizer)
     units = [(part, stack) for part in parts for stack in stacks_of(study)]
     for part, stack in launch.share_of_rank(units):
-        path, settings = log(part, stack, args)
+        given = data, experiment_of(part)[2], stack, args.runs, args.epochs, *log(part, stack, args)
         with launch.progress_bar(args.epochs, "epoch", f"{title(part)}: {', '.join(stack)}") as bar:
-            train_stack(
-                data, experiment_of(part)[2], stack, args.runs, args.epochs, path, settings, bar
-            )
+            train_stack(*given, bar)
 
 
 def collect(part, args):
@@ -462,11 +427,8 @@ def reach(test_loss, seconds, target):
     epochs = 1 + reached.argmax(0)[reached.any(0)]
     if not len(epochs):
         return {"runs": 0, "epochs": None, "seconds": None}
-    return {
-        "runs": len(epochs),
-        "epochs": np.median(epochs),
-        "seconds": np.median(seconds[epochs - 1]).round(1),
-    }
+    seconds = np.median(seconds[epochs - 1]).round(1)
+    return {"runs": len(epochs), "epochs": np.median(epochs), "seconds": seconds}
 
 
 def over_runs(function, values, otherwise):
@@ -478,6 +440,7 @@ def over_runs(function, values, otherwise):
 def summarise_arm(i, results):
     """Return what summary.json says of the i-th arm: how it ends, what its moves do and cost."""
     own, plain = results["test_loss"][:, i], results["test_loss"][:, 0]
+    training = results["train_loss"][-1]
     moves, at_once = results["moves"][:, i, :4], results["moves"][:1, i, 4:]
     moves = moves[~np.isnan(moves[:, 0]).all(-1)]
     before_loss, before_norm, after_loss, after_norm = moves.swapaxes(0, 1)
@@ -489,9 +452,7 @@ def summarise_arm(i, results):
         "moves": len(moves),
         "diverged": np.isnan(own[-1]).sum(),
         "runs_that_end_above_plain": (own[-1] > plain[-1]).sum(),
-        "final_training_loss_minus_plain": statistics.paired_difference(
-            results["train_loss"][-1, i], results["train_loss"][-1, 0]
-        ),
+        "final_training_loss_minus_plain": statistics.paired_difference(training[i], training[0]),
         "mean_change_of_loss": over_runs(np.mean, after_loss - before_loss, 0.0),
         "share_of_moves_made": over_runs(np.mean, made, 0.0),
         "median_factor_of_gradient_norm_squared": over_runs(np.median, factor[made == 1], None),
@@ -542,20 +503,15 @@ def table(summaries):
         tables.append(plots.difference_table(title(part), *found))
         for arm, entry in summary["arms"].items():
             at_once = entry["change_of_test_loss_at_first"]
-            rows.append(
-                [
-                    title(part),
-                    arm,
-                    *(cell(value, "g") for value in entry["reaches"].values()),
-                    str(entry["runs_that_end_above_plain"]),
-                    plots.interval_text(entry["final_training_loss_minus_plain"]),
-                    cell(entry["seconds_of_moves"], ".2f"),
-                    cell(1e3 * entry["mean_change_of_loss"], "+.2f"),
-                    cell(at_once and 1e3 * at_once, "+.2f"),
-                    cell(100 * entry["share_of_moves_made"], ".0f"),
-                    cell(entry["median_factor_of_gradient_norm_squared"], ".3g"),
-                ]
-            )
+            row = [title(part), arm, *(cell(value, "g") for value in entry["reaches"].values())]
+            row.append(str(entry["runs_that_end_above_plain"]))
+            row.append(plots.interval_text(entry["final_training_loss_minus_plain"]))
+            row.append(cell(entry["seconds_of_moves"], ".2f"))
+            row.append(cell(1e3 * entry["mean_change_of_loss"], "+.2f"))
+            row.append(cell(at_once and 1e3 * at_once, "+.2f"))
+            row.append(cell(100 * entry["share_of_moves_made"], ".0f"))
+            row.append(cell(entry["median_factor_of_gradient_norm_squared"], ".3g"))
+            rows.append(row)
     header = ["reaching plain's final test loss", "arm", "runs", "epochs", "s"]
     header += ["runs that end above plain", "final training loss − plain's, 10⁻³", "all moves, s"]
     header += ["change of the batch's loss in a move, 10⁻³", "of the test loss in the first"]
@@ -578,11 +534,9 @@ def rate_table(summaries):
                 mark = f" {difference['verdict']}" if best and "verdict" in difference else ""
                 row.append(plots.interval_text(difference) + mark)
         rows.append(row)
-    names = list(summary["differences"])
     header = ["test loss; differences in 10⁻³"]
-    header += [
-        text for e in epochs for text in (f"plain, epoch {e}", *(f"{n}, {e}" for n in names))
-    ]
+    for epoch in epochs:
+        header += [f"plain, epoch {epoch}", *(f"{n}, {epoch}" for n in summary["differences"])]
     return plots.markdown(header, rows)
 
 
@@ -599,20 +553,14 @@ def best_rate(summaries, part):
 def draw_losses(results, against, title, path):
     """Draw Figure 5 (against epochs) or 13 (against seconds): training dashed, test solid."""
     axes = Figure(figsize=(4.2, 3.2)).add_subplot(title=title, ylabel="loss")
-    for arm in ("plain", "teleport"):
+    epochs, seconds = 1 + np.arange(len(results["seconds"])), results["seconds"]
+    for arm, label in (("plain", "without teleport"), ("teleport", "with teleport")):
         i = list(results["arms"]).index(arm)
-        colour = PALETTE[i]
-        x = (
-            results["seconds"][:, i]
-            if against == "time"
-            else 1 + np.arange(len(results["seconds"]))
-        )
-        label = "with teleport" if arm == "teleport" else "without teleport"
-        plots.plot_mean(
-            axes, x, results["train_loss"][:, i], color=colour, ls="--", label=f"{label}, train"
-        )
-        plots.plot_mean(axes, x, results["test_loss"][:, i], color=colour, label=f"{label}, test")
-    axes.set_xlabel("epoch" if against == "epoch" else "time (s)")
+        x = seconds[:, i] if against == "time" else epochs
+        for kind, ls in (("train", "--"), ("test", "-")):
+            style = {"color": PALETTE[i], "ls": ls, "label": f"{label}, {kind}"}
+            plots.plot_mean(axes, x, results[f"{kind}_loss"][:, i], **style)
+    axes.set_xlabel("time (s)" if against == "time" else "epoch")
     plots.plain_log_axis(axes, "y")
     plots.legend_beside(axes)
     plots.save_figure(axes.figure, path)

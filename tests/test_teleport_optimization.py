@@ -309,7 +309,7 @@ def test_other_moves_go_as_far_as_the_teleport():
     x, y = shuffled_batch(data, script.TELEPORT_BATCH, 0)
 
     def moved(*move, reference=None):
-        at = script.Moment(x, y, data, 5e-2, torch.Generator().manual_seed(0), reference)
+        at = script.Moment(x, y, 5e-2, torch.Generator().manual_seed(0), reference)
         return script.move_arm(script.Arm(move), weights, at)
 
     def length(new):
