@@ -37,8 +37,7 @@ from teleportation import (
 
 DEFAULTS = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}  # as published
 SAMPLE_DEFAULTS = DEFAULTS | {"batches": 20}
-# runs that fit a CPU's caches as one
-RUNS_PER_STACK = {"MNIST": 50, "FashionMNIST": 50, "CIFAR10": 25}
+RUNS_PER_STACK = {"MNIST": 50, "FashionMNIST": 50, "CIFAR10": 25}  # runs that fit a CPU's caches
 ACTIVATION = models.LeakyReLU()
 ESTIMATION_BATCH = 200  # training images in each batch that φ and ψ are estimated on
 SAVE_EVERY = 20  # batches of the estimators
@@ -195,9 +194,8 @@ def rescaled_stack(data, weights, sphere, path, settings, bar):
     def step(state):
         few, radii = [w[:RESCALED] for w in weights], RADII[data.name]
         batches = [shuffled_batch(data, ESTIMATION_BATCH, k) for k in range(RESCALED_BATCHES)]
-        moved = rescale_to_extremes(
-            few, *shuffled_batch(data, RESCALING_BATCH, 3), radii[2::8], sphere
-        )
+        later = shuffled_batch(data, RESCALING_BATCH, 3)
+        moved = rescale_to_extremes(few, *later, radii[2::8], sphere)
         few = [torch.cat([w[None], new]) for w, new in zip(few, moved)]
         rows = [estimate(few, *b, radii, k, ACTIVATION, sphere) for k, b in enumerate(batches)]
         return {key: torch.stack(row).mean(0) for key, row in zip(ESTIMATES, zip(*rows))}
@@ -315,12 +313,10 @@ def across_radii(results):
         between = np.array([statistics.correlate(*pair)["pearson"] for pair in zip(*halves)])
         works = (excess + given).mean(1) < max(np.log(10), 1.01 * given.mean())
         tests += [{"kind": kind, "radius": t[k]} | partial[k] for k in works.nonzero()[0]]
-        bands = [
-            np.array([[e["pearson"], *e["interval"]] for e in rows]).T for rows in (r, partial)
-        ]
-        reliability = (2 * between / (1 + between)).clip(min=0)
-        kinds[kind] = dict(radius=t, works=works, reliability=reliability, r=bands[0])
-        kinds[kind]["partial"] = bands[1]
+        kinds[kind] = dict(radius=t, works=works)
+        kinds[kind]["reliability"] = (2 * between / (1 + between)).clip(min=0)
+        for key, rows in (("r", r), ("partial", partial)):
+            kinds[kind][key] = np.array([[e["pearson"], *e["interval"]] for e in rows]).T
     least = min(tests, key=lambda test: test["p"])
     return kinds | {"least_p": least | {"holm": min(1, least["p"] * len(tests))}}
 
@@ -363,16 +359,14 @@ def summarise(name, results):
         "rescaled": at_constant_function(results),
     }
     for quantity in QUANTITIES:
-        summary[quantity] = correlate(results[quantity], loss) | {
-            "gap": correlate(results[quantity], loss - train_loss)
-        }
+        gap = correlate(results[quantity], loss - train_loss)
+        summary[quantity] = correlate(results[quantity], loss) | {"gap": gap}
     for quantity in CLAIMED:
         given = statistics.partial_correlation(results[quantity], loss, train_loss)
         summary[quantity]["given_train_loss"] = given
     for quantity, published in PUBLISHED_R.items():
         r = published.get(name, np.nan)
-        own = summary[quantity]["pearson"], runs
-        p = statistics.p_of_difference(*own, r, DEFAULTS["runs"])
+        p = statistics.p_of_difference(summary[quantity]["pearson"], runs, r, DEFAULTS["runs"])
         summary[quantity] |= {"published": r, "published_p": p}
     return summary
 
@@ -380,9 +374,8 @@ def summarise(name, results):
 def verdicts(entry, adjusted):
     """Return {claim: verdict} for a dataset; adjusted: Holm's p of the partial r of CLAIMED."""
     low, high = entry["curvature"]["interval"]
-    phi = (
-        "reproduced (the number)" if entry["sharpness"]["published_p"] >= 0.05 else "not reproduced"
-    )
+    same = entry["sharpness"]["published_p"] >= 0.05
+    phi = "reproduced (the number)" if same else "not reproduced"
     psi = "compatible" if low <= entry["curvature"]["published"] <= high else "not compatible"
     if np.isnan(entry["sharpness"]["published"]):
         phi = psi = "none"
@@ -390,7 +383,8 @@ def verdicts(entry, adjusted):
     beyond = {q: beyond_chance(given[q], adjusted[q], sign) for q, sign in CLAIMED.items()}
     least = entry["radii"]["least_p"]
     where = "{pearson:.2f} at t = {radius:.2g}, {kind}; Holm's p = {holm:.2g}".format(**least)
-    inside = [entry["rescaled"][key]["inside"] for key in ("excess", "curvature")]
+    shares = [entry["rescaled"][key]["inside"] for key in ("excess", "curvature")]
+    inside = "; ".join(f"{100 * s.mean():.0f} % (least: {100 * s.min():.0f} %)" for s in shares)
     return {
         "φ: the published r": phi,
         "sharper minima generalise worse, given the loss": beyond["excess"],
@@ -398,9 +392,7 @@ def verdicts(entry, adjusted):
         "ψ: the published r": f"{psi}; {beyond_chance(entry['curvature'], 0, -1)}",
         "more curved minima generalise better, given the loss": beyond["curvature"],
         "the same by the exact γ″": beyond["exact_curvature"],
-        "networks inside the range of one that is rescaled: φ − L; ψ": "; ".join(
-            f"{100 * share.mean():.0f} % (least: {100 * share.min():.0f} %)" for share in inside
-        ),
+        "networks inside the range of one that is rescaled: φ − L; ψ": inside,
     }
 
 
@@ -424,11 +416,9 @@ def table(summaries):
         rows.append([f"{QUANTITIES[q]}: partial r given the training loss, p (Holm's)", *cells])
     for q, symbol in QUANTITIES.items():
         rows.append([f"{symbol}: r with the gap", *(r.format(**e[q]["gap"]) for e in entries)])
-    for label, key in (
-        ("φ with the training loss: r", "sharpness_and_train_loss"),
-        ("ψ by the exact γ″ with ψ: r", "exact_and_closed"),
-    ):
-        rows.append([label, *(r.format(**e[key]) for e in entries)])
+    pairs = [("φ with the training loss: r", "sharpness_and_train_loss")]
+    pairs += [("ψ by the exact γ″ with ψ: r", "exact_and_closed")]
+    rows += [[label, *(r.format(**e[key]) for e in entries)] for label, key in pairs]
     found = [verdicts(e, {q: holm[name, q] for q in CLAIMED}) for name, e in summaries.items()]
     rows += [[f"**{claim}**", *(each[claim] for each in found)] for claim in found[0]]
     header = ["r is Pearson's [95 % interval]", *(TITLES[name] for name in summaries)]
@@ -465,11 +455,10 @@ def draw_radii(name, radii, path):
         t = found["radius"]
         axes.axvspan(published[0], published[-1], color=plots.GREY, alpha=0.15, lw=0)
         axes.axhline(0, color="black", lw=0.6)
-        for key, label, color in (
-            ("r", "r", plots.BLUE),
-            ("partial", "partial r given the training loss", plots.RED),
-        ):
-            plots.plot_with_band(axes, t, *found[key], color=color, label=label, marker=".")
+        style = {"color": plots.BLUE, "label": "r", "marker": "."}
+        plots.plot_with_band(axes, t, *found["r"], **style)
+        style |= {"color": plots.RED, "label": "partial r given the training loss"}
+        plots.plot_with_band(axes, t, *found["partial"], **style)
         axes.plot(t, found["reliability"], ":", color=plots.GREY, label=r"reliability of $φ_t - L$")
         for broken in t[~found["works"]][:1]:
             axes.axvline(broken, color="black", ls="--", label="the mean loss is that of a guess")
@@ -520,13 +509,8 @@ def draw(name, results, summary, folder):
 def parse_arguments():
     parser = launch.experiment_parser(__doc__)
     add, count = parser.add_argument, launch.at_least
-    add(
-        "--dataset",
-        nargs="+",
-        choices=models.TRAINING,
-        default=list(PUBLISHED_R["sharpness"]),
-        help="which datasets",
-    )
+    names = list(PUBLISHED_R["sharpness"])
+    add("--dataset", nargs="+", choices=models.TRAINING, default=names, help="which datasets")
     add("--runs", type=count(4), default=DEFAULTS["runs"], help="networks per dataset, at least 4")
     add("--epochs", type=count(1), default=DEFAULTS["epochs"], help="passes over the images")
     batches = f"batches of {ESTIMATION_BATCH} images that φ and ψ are estimated on (default: "
