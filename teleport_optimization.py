@@ -362,13 +362,10 @@ def log(part, stack, args):
     settings = dict(dataset=dataset, sample=args.sample, arms=stack, runs=args.runs)
     settings |= dict(epochs=args.epochs, device=args.device.type, seed=models.SEED)
     settings |= dict(activation=str(ACTIVATION), action=ACTION.act.__name__)
-    settings |= dict(
-        widths=models.TRAINING[dataset].widths,
-        batch=models.BATCH,
-        optimizer=[optimizer, type(like).__name__, like.defaults],
-        teleport=[experiment.epoch, experiment.ascent_lr, TELEPORTS, CAP, TELEPORT_BATCH],
-        rescaling=[LENGTH, RESCALING_STEPS],
-    )
+    settings |= dict(widths=models.TRAINING[dataset].widths, batch=models.BATCH)
+    settings |= dict(optimizer=[optimizer, type(like).__name__, like.defaults])
+    teleports = [experiment.epoch, experiment.ascent_lr, TELEPORTS, CAP, TELEPORT_BATCH]
+    settings |= dict(teleport=teleports, rescaling=[LENGTH, RESCALING_STEPS])
     folder = args.output / "logs" / "optimization" / args.study
     folder /= f"{dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
     return folder / f"{part.partition('_')[2]}-{next(iter(stack))}.npz", settings
