@@ -201,8 +201,7 @@ def rescale(weights, factor, at):
     return ascend_to(target, objective, weights, *how)[0]
 
 
-# (weights, amount, Moment) -> new weights; the teleport that some go as far as is an arm's above
-MOVES = {
+MOVES = {  # (weights, amount, Moment) -> new weights; "the teleport" is that of an arm above
     "stay": lambda weights, *_: weights,
     "random": random_move,
     "level set": climb,
@@ -389,8 +388,8 @@ def collect(part, args):
     an arm has fewer; move_seconds [arms]; and seconds [epochs, arms], at which an arm's runs,
     trained as one stack, end each epoch.
     """
-    arms = list(STUDIES[args.study].arms)
-    stacks = stacks_of(STUDIES[args.study])
+    study = STUDIES[args.study]
+    arms, stacks = list(study.arms), stacks_of(study)
     logs = [log(part, stack, args) for stack in stacks]
     states = [files.load_steps(*entry, args.epochs) for entry in logs]
     order = [[name for stack in stacks for name in stack].index(arm) for arm in arms]
@@ -405,10 +404,9 @@ def collect(part, args):
     # all arms together take so long: each has an equal share, and its own moves' seconds
     training = sum(state["seconds"] for state in states).cumsum()[:, None] / len(arms)
     results["seconds"] = training + moved
-    path, settings = logs[0]
-    settings = settings | {"arms": STUDIES[args.study].arms, "lr": experiment_of(part)[2].lr}
-    results |= {"arms": arms, "primary": f"{STUDIES[args.study].primary} − plain"}
-    return settings, results, path
+    results |= {"arms": arms, "primary": f"{study.primary} − plain"}
+    (path, settings), lr = logs[0], experiment_of(part)[2].lr
+    return settings | {"arms": study.arms, "lr": lr}, results, path
 
 
 # Statistics

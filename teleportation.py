@@ -310,7 +310,6 @@ def level_set_ascent(weights, x, y, length, steps, activation):
     be compared with. Shapes are those of `teleport`. Returns the new weights and the path:
     `objective`, |∇L|² [steps + 1, ...].
     """
-
     loss = partial(cross_entropy, x=x, y=y, activation=activation)
 
     def norm(weights):
@@ -369,9 +368,8 @@ def random_group_elements(group_elements, rng, action=PSEUDOINVERSE):
     """
     drawn = []
     for g in group_elements:
-        identity = torch.eye(g.shape[-1]).to(g)
         T = action.project(torch.randn(g.shape, generator=rng).to(g))
-        scale = (g - identity).norm(dim=(-2, -1)) / T.norm(dim=(-2, -1))
+        scale = (g - torch.eye(g.shape[-1]).to(g)).norm(dim=(-2, -1)) / T.norm(dim=(-2, -1))
         drawn.append(action.element(scale[..., None, None] * T))
     return drawn
 
@@ -666,9 +664,6 @@ def estimate(weights, x, y, radii, k, activation, sphere=False):
     weights = [weights[0] @ q, *weights[1:]]
     first, second = curve_derivatives(weights, x, generators, activation)
     exact = with_mixed_derivatives(weights, first, second, generators)
-    return (
-        sharpness(weights, x, y, directions, activation),
-        curvature(first, second),
-        cross_entropy(weights, x, y, activation),
-        curvature(first, exact),
-    )
+    phi = sharpness(weights, x, y, directions, activation)
+    loss = cross_entropy(weights, x, y, activation)
+    return phi, curvature(first, second), loss, curvature(first, exact)
