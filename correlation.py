@@ -408,11 +408,10 @@ def table(summaries):
         if q in PUBLISHED_R:
             cells = (f"{e[q]['published']:.3f} ({e[q]['published_p']:.2g})" for e in entries)
             rows.append([f"{symbol}: published r (p of the difference)", *cells])
+    with_p = f"{r}, p = {{p:.2g}} ({{holm:.2g}})"
     for q in CLAIMED:
         given = {name: entry[q]["given_train_loss"] for name, entry in summaries.items()}
-        cells = (
-            f"{r}, p = {{p:.2g}} ({holm[name, q]:.2g})".format(**e) for name, e in given.items()
-        )
+        cells = (with_p.format(**e, holm=holm[name, q]) for name, e in given.items())
         rows.append([f"{QUANTITIES[q]}: partial r given the training loss, p (Holm's)", *cells])
     for q, symbol in QUANTITIES.items():
         rows.append([f"{symbol}: r with the gap", *(r.format(**e[q]["gap"]) for e in entries)])

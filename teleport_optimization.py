@@ -470,12 +470,9 @@ def summarise(part, results):
     differences = statistics.compare_arms(loss, pairs, epochs)
     if (primary := str(results.get("primary"))) in differences:
         differences[primary][epochs[-1]]["verdict"] = "(primary)"
-    return {
-        "lr": experiment_of(part)[2].lr,
-        "plain": plain,
-        "differences": differences,
-        "arms": {arm: summarise_arm(i, results) for i, arm in enumerate(names)},
-    }
+    arms = {arm: summarise_arm(i, results) for i, arm in enumerate(names)}
+    lr = experiment_of(part)[2].lr
+    return {"lr": lr, "plain": plain, "differences": differences, "arms": arms}
 
 
 def title(part):
