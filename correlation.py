@@ -329,8 +329,7 @@ def at_constant_function(results):
     """
     moved = {key: results[f"rescaled_{key}"].astype(float) for key in ESTIMATES}
     moved["excess"] = moved["sharpness"] - moved["batch_loss"]
-    drift = abs(moved["batch_loss"] / moved["batch_loss"][0] - 1).max()
-    found = {"change_of_loss": drift}
+    found = {"change_of_loss": abs(moved["batch_loss"] / moved["batch_loss"][0] - 1).max()}
     for key in ("excess", "curvature"):
         values, at = results[key], moved[key]
         start, spread = values[: at.shape[1]], (values.min(), values.max())
@@ -518,8 +517,7 @@ def parse_arguments():
     add("--sphere", action="store_true", help="draw φ's directions on the sphere, not the orthant")
     args = parser.parse_args()
     args.defaults = SAMPLE_DEFAULTS if args.sample else DEFAULTS
-    if args.batches is None:
-        args.batches = args.defaults["batches"]
+    args.batches = args.batches or args.defaults["batches"]
     return args
 
 
