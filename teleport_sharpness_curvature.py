@@ -159,11 +159,8 @@ def measures(x, y, M, k):
     def kappa(weights):
         return curvature_along(weights, x, M, PAIR, ACTIVATION, ACTION)[0]
 
-    return {
-        "loss": partial(models.cross_entropy, x=x, y=y, activation=ACTIVATION),
-        "φ": phi,
-        "κ": kappa,
-    }
+    loss = partial(models.cross_entropy, x=x, y=y, activation=ACTIVATION)
+    return {"loss": loss, "φ": phi, "κ": kappa}
 
 
 def rescale_to(weights, x, measure, targets):
@@ -243,9 +240,8 @@ def move(weights, data, experiment, k, diverged):
     measured = [measures(*batch, M, k) for batch in batches]
 
     def measure():
-        return torch.stack(
-            [torch.stack([f(weights) for f in of_batch.values()]) for of_batch in measured]
-        )
+        rows = [torch.stack([f(weights) for f in of_batch.values()]) for of_batch in measured]
+        return torch.stack(rows)
 
     def own(arm):
         return [w[ARMS.index(arm)] for w in weights]
@@ -372,9 +368,8 @@ def log(name, args):
     if args.sample:
         experiment = scaled(experiment, SAMPLE_SCALE)
     settings = dict(dataset=name, sample=args.sample, runs=args.runs, device=args.device.type)
-    settings |= dict(
-        experiment=experiment, seed=models.SEED, batches=[models.BATCH, TELEPORT_BATCH]
-    )
+    batches = [models.BATCH, TELEPORT_BATCH]
+    settings |= dict(experiment=experiment, seed=models.SEED, batches=batches)
     course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, MAX_T_NORM
     course += (models.DIVERGED_WEIGHT,)
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
@@ -474,15 +469,14 @@ def arms_of(quantity):
 def draw_quantities(name, results, path):
     """Draw φ and ψ along training, each for its arms, means over runs."""
     figure = Figure(figsize=(8.4, 3.4))
-    for axes, (quantity, symbol) in zip(
-        figure.subplots(1, 2), (("sharpness", "φ"), ("curvature", "ψ"))
-    ):
+    for axes, ylabel in zip(figure.subplots(1, 2), ("sharpness φ", "curvature ψ")):
+        quantity = ylabel.split()[0]
         for arm, colour in arms_of(quantity).items():
             values = np.nanmean(results[quantity][TELEPORT_EPOCH - 5 :, ARMS.index(arm)], 1)
             epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
             axes.plot(epochs, values, color=colour, label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
-        axes.set(title=TITLES[name], xlabel="epoch", ylabel=f"{quantity} {symbol}")
+        axes.set(title=TITLES[name], xlabel="epoch", ylabel=ylabel)
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 2}
         axes.legend(fontsize="x-small", frameon=False, **below)
     figure.tight_layout()
