@@ -163,17 +163,15 @@ def check_batch(weights, x, y=None):
     shapes = [list(w.shape) for w in weights]
     if not shapes:
         raise ValueError("the list of weights is empty")
-    for m, w in enumerate(weights):
-        if w.dim() < 2 or not w.is_floating_point():
-            raise ValueError(
-                f"W_{m} must be floating-point [..., out, in], not {w.dtype} {shapes[m]}"
-            )
-        if w.shape[:-2] != weights[0].shape[:-2] or (m and w.shape[-1] != weights[m - 1].shape[-2]):
-            raise ValueError(f"W_{m} {shapes[m]} does not fit W_{max(m - 1, 0)} {shapes[m - 1]}")
-    if x.dim() != 2 or len(x) != shapes[0][-1] or not x.shape[1]:
-        raise ValueError(
-            f"x must be [{shapes[0][-1]}, n] with n > 0 for W_0 {shapes[0]}, not {list(x.shape)}"
-        )
+    for m, (w, shape) in enumerate(zip(weights, shapes)):
+        if len(shape) < 2 or not w.is_floating_point():
+            raise ValueError(f"W_{m} must be floating-point [..., out, in], not {w.dtype} {shape}")
+        if m and shape[:-2] + shape[-1:] != shapes[m - 1][:-1]:  # runs, and units in between
+            raise ValueError(f"W_{m} {shape} does not fit W_{m - 1} {shapes[m - 1]}")
+    d, classes = shapes[0][-1], shapes[-1][-2]
+    if x.dim() != 2 or len(x) != d or not x.shape[1]:
+        found = list(x.shape)
+        raise ValueError(f"x must be [{d}, n] with n > 0 for W_0 {shapes[0]}, not {found}")
     if any(w.dtype != x.dtype or w.device != x.device for w in weights):
         types = ", ".join(f"{t.dtype} on {t.device}" for t in (*weights, x))
         raise ValueError(f"weights and x must have one type and device, not {types}")
@@ -184,7 +182,6 @@ def check_batch(weights, x, y=None):
             f"y must be int64 [{x.shape[1]}] on {x.device} for x {list(x.shape)}, "
             f"not {y.dtype} {list(y.shape)} on {y.device}"
         )
-    classes = shapes[-1][-2]
     if not y.is_meta and not 0 <= y.min() <= y.max() < classes:
         raise ValueError(f"labels must be 0 to {classes - 1}, not {y.min()} to {y.max()}")
 
@@ -296,18 +293,13 @@ def train_epoch(model, x, y, optimizer, batch_size=BATCH, check=check_finite):
     of the stack is trained alone. Returns the mean training loss [...] of each run over the epoch.
     check: called with the losses [steps, ...] in the end, or None.
     """
-    weights = list(model.weights)
+    weights, activation = list(model.weights), model.activation
     check_batch(weights, x.T, y)
     targets = one_hot(y, weights)
     losses = []
-    for first in range(0, len(x), batch_size):
-        batch = x[first : first + batch_size].T
-        loss, inputs, deltas = backpropagate(
-            weights[1:],
-            weights[0] @ batch,
-            targets[:, first : first + batch_size],
-            model.activation,
-        )
+    for images, columns in zip(x.split(batch_size), targets.split(batch_size, 1)):
+        batch = images.T
+        loss, inputs, deltas = backpropagate(weights[1:], weights[0] @ batch, columns, activation)
         for w, h, delta in zip(weights, [batch, *inputs], deltas):
             w.grad = delta @ h.mT
         optimizer.step()
