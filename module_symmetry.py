@@ -155,12 +155,9 @@ def act_on(parameters, symmetry, elements):
     for group, g in zip(symmetry, elements):
         V, U = ([matrix_of(parameters, axis, group) for axis in a] for a in (group.V, group.U))
         new_U, new_V = group.action.act(torch.cat(U, -1).mT, torch.cat(V, -1), None, g, None)
-        new = [
-            *new_V.split([v.shape[-1] for v in V], -1),
-            *new_U.mT.split([u.shape[-1] for u in U], -1),
-        ]
-        for axis, matrix in zip([*group.V, *group.U], new):
-            parameters[axis.name] = with_matrix(parameters[axis.name], axis, matrix)
+        for axes_moved, old, new in ((group.V, V, new_V), (group.U, U, new_U.mT)):
+            for axis, matrix in zip(axes_moved, new.split([m.shape[-1] for m in old], -1)):
+                parameters[axis.name] = with_matrix(parameters[axis.name], axis, matrix)
     return parameters
 
 
@@ -171,23 +168,21 @@ def check_axes(parameters, symmetry):
         units = group.heads * group.size
         if not (group.V and group.U):
             raise ValueError(f"group {k} needs axes in V and in U")
-        for axis in [*group.V, *group.U]:
-            if axis.name not in parameters:
-                raise ValueError(
-                    f"group {k} names {axis.name!r}, which is not a parameter, or shared"
-                )
-            shape = list(parameters[axis.name].shape)
-            if not -len(shape) <= axis.dim < len(shape):
-                raise ValueError(f"{axis.name} {shape} has no axis {axis.dim}")
-            dim = axis.dim % len(shape)
-            entries = range(shape[dim])[axis.start : axis.stop]
+        for name, dim, start, stop in [*group.V, *group.U]:
+            if name not in parameters:
+                raise ValueError(f"group {k} names {name!r}, which is not a parameter, or shared")
+            shape = list(parameters[name].shape)
+            if not -len(shape) <= dim < len(shape):
+                raise ValueError(f"{name} {shape} has no axis {dim}")
+            dim %= len(shape)
+            entries = range(shape[dim])[start:stop]
             each, rest = divmod(len(entries), units)
             if rest or each < 1 or (each > 1 and group.action is LINEAR):
-                found = f"axis {dim} of {axis.name} {shape} has {len(entries)} entries"
+                found = f"axis {dim} of {name} {shape} has {len(entries)} entries"
                 raise ValueError(f"{found} for the {units} units of group {k}")
-            if any((axis.name, dim) == where and set(entries) & set(e) for where, e in taken):
-                raise ValueError(f"axis {dim} of {axis.name} is named twice")
-            taken.append(((axis.name, dim), entries))
+            if any((name, dim) == where and set(entries) & set(e) for where, e in taken):
+                raise ValueError(f"axis {dim} of {name} is named twice")
+            taken.append(((name, dim), entries))
 
 
 def outputs(model, parameters, inputs):
@@ -242,11 +237,9 @@ def check_symmetry(model, symmetry, inputs):
     elements = [g.to(reference) for g in elements]
     changed, bound = change(model, act_on(parameters, symmetry, elements), inputs, reference)
     if not changed <= bound:
-        alone = [
-            change(model, act_on(parameters, [group], [g]), inputs, reference)[0]
-            for group, g in zip(symmetry, elements)
-        ]
-        k = max(range(len(alone)), key=alone.__getitem__)
+        alone = [act_on(parameters, [group], [g]) for group, g in zip(symmetry, elements)]
+        alone = [change(model, moved, inputs, reference)[0] for moved in alone]
+        k = alone.index(max(alone))
         names = ", ".join(axis.name for axis in [*symmetry[k].V, *symmetry[k].U])
         raise ValueError(
             f"group {k} ({names}) is not a symmetry of the model: it changes the outputs by "
@@ -343,15 +336,9 @@ def teleported(model, symmetry, objective, inputs, lr, steps, stop=INF, max_norm
     return parameters, {"objective": torch.stack(path), "group_elements": total}
 
 
-POWERS = {  # of the gradient, in what optimizers keep for each parameter
-    "momentum_buffer": 1,
-    "exp_avg": 1,
-    "grad_avg": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "square_avg": 2,
-    "sum": 2,
-}
+# powers of the gradient in what optimizers keep for each parameter
+POWERS = {"momentum_buffer": 1, "exp_avg": 1, "grad_avg": 1}
+POWERS |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
 
 
 def moved_state(optimizer, model, symmetry, elements):
@@ -365,8 +352,7 @@ def moved_state(optimizer, model, symmetry, elements):
     names = dict(model.named_parameters())
     states = {name: optimizer.state.get(p, {}) for name, p in names.items()}
     found = {key for n, s in states.items() for key, v in s.items() if is_like(v, names[n])}
-    if found - POWERS.keys():
-        unknown = sorted(found - POWERS.keys())
+    if unknown := sorted(found - POWERS.keys()):
         raise ValueError(f"no rule moves an optimizer's {unknown}: pass state='kept' or 'reset'")
     if isinstance(optimizer, torch.optim.RMSprop):
         found -= {"momentum_buffer"}
