@@ -50,18 +50,11 @@ loss_of = nn.CrossEntropyLoss()
 def network(seed):
     """Return the network with weights drawn from a seed."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Unflatten(1, (3, 32, 32)),
-        nn.Conv2d(3, 16, 3, stride=2, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 8 * 8, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    layers = [nn.Unflatten(1, (3, 32, 32))]
+    layers += [nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Linear(32 * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 10)]
+    return nn.Sequential(*layers)
 
 
 # Computation
@@ -70,16 +63,16 @@ def network(seed):
 def move_model(arm, model, optimizer, x, y, seed):
     """Move a model and its optimizer's state as an arm does; return how much |∇L|² grew."""
     symmetry, objective = symmetry_of(model), gradient_norm(model, loss_of, x, y)
-    before = objective(dict(model.named_parameters())).item()
-    parameters, path = teleported(
-        model, symmetry, objective, x, LR, STEPS, stop=GROWTH * before, max_norm=MAX_NORM
-    )
+    start = dict(model.named_parameters())
+    before = objective(start).item()
+    limits = {"stop": GROWTH * before, "max_norm": MAX_NORM}
+    parameters, path = teleported(model, symmetry, objective, x, LR, STEPS, **limits)
     elements = path["group_elements"]
     if arm == "random":
         lengths = [g.diagonal(dim1=-2, dim2=-1).log().norm(dim=-1) for g in elements]
         rng = torch.Generator().manual_seed(seed)
         elements = [g.to(x) for g in random_elements(symmetry, lengths, rng)]
-        parameters = act_on(dict(model.named_parameters()), symmetry, elements)
+        parameters = act_on(start, symmetry, elements)
     move(model, symmetry, parameters, elements, optimizer)
     return objective(parameters).item() / before
 
@@ -241,10 +234,8 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     folder = launch.figures_folder(args, "cnn", DEFAULTS)
-    parts = list(OPTIMIZERS)
-    launch.compute_and_report(
-        args, folder, parts, args.optimizer, compute, collect, summarise, table, draw
-    )
+    parts = OPTIMIZERS, args.optimizer
+    launch.compute_and_report(args, folder, *parts, compute, collect, summarise, table, draw)
 
 
 if __name__ == "__main__":
