@@ -13,6 +13,7 @@ are 0.1 apart in x: `--polyline 0.1` draws that.
 
 import argparse
 import math
+from contextlib import suppress
 
 from experiment import launch, plots
 
@@ -125,16 +126,14 @@ def polyline_displacement(k, r, spacing):
 
 def collect(_, args):
     """Return Figure 7's curves, mean distance / r: [radii, k], and their settings."""
-    spacing = args.polyline or SPACING
+    spacing, k = args.polyline or SPACING, PARABOLA_K
     curves = {
-        "parabola_exact": [parabola_displacement(PARABOLA_K, r) for r in PARABOLA_RADII],
-        "parabola_polyline": [
-            polyline_displacement(PARABOLA_K, r, spacing) for r in PARABOLA_RADII
-        ],
+        "parabola_exact": [parabola_displacement(k, r) for r in PARABOLA_RADII],
+        "parabola_polyline": [polyline_displacement(k, r, spacing) for r in PARABOLA_RADII],
         "circle_exact": [circle_displacement(CIRCLE_K, r) for r in CIRCLE_RADII],
     }
     settings = {"parabola_drawn": "polyline" if args.polyline else "exact", "spacing": spacing}
-    return settings, curves | {"parabola_k": PARABOLA_K, "circle_k": CIRCLE_K}, None
+    return settings, curves | {"parabola_k": k, "circle_k": CIRCLE_K}, None
 
 
 def summarise(_, results):
@@ -203,16 +202,14 @@ def draw_collapse(exact, polyline, spacing):
 def draw(_, results, summary, folder):
     """Draw Figure 7's two panels, and the parabola's curves as one."""
     drawn, spacing = summary["settings"]["parabola_drawn"], summary["settings"]["spacing"]
-    exact, polyline, circle = (
-        results[key] for key in ("parabola_exact", "parabola_polyline", "circle_exact")
-    )
-    title, parabola = "Parabola $y = k x^2$", exact
+    title = "Parabola $y = k x^2$"
     if drawn == "polyline":
-        title, parabola = f"{title}: polyline, {spacing:g} apart", polyline
+        title += f": polyline, {spacing:g} apart"
+    parabola, circle = results[f"parabola_{drawn}"], results["circle_exact"]
     figures = {
         "integral_kx_sqr": draw_panel(2 * PARABOLA_K, PARABOLA_RADII, parabola, title),
         "integral_circle": draw_panel(1 / CIRCLE_K, CIRCLE_RADII, circle, "Circle of radius $k$"),
-        "collapse": draw_collapse(exact, polyline, spacing),
+        "collapse": draw_collapse(results["parabola_exact"], results["parabola_polyline"], spacing),
     }
     for name, figure in figures.items():
         plots.legend_beside(figure.axes[0])
@@ -225,24 +222,17 @@ def draw(_, results, summary, folder):
 def vertex_spacing(text):
     """An argparse type: a float within SPACINGS."""
     low, high = SPACINGS
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-    return value
+    with suppress(ValueError):
+        if low <= float(text) <= high:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
 
 
 def parse_arguments():
     parser = launch.experiment_parser(__doc__, on_datasets=False)
-    parser.add_argument(
-        "--polyline",
-        metavar="SPACING",
-        type=vertex_spacing,
-        help="draw the parabola's panel as published, from distances to a polyline; SPACING is "
-        "between its vertices in x, in the unit of the plane, 0.001 to 10; published: 0.1",
-    )
+    text = "draw the parabola's panel as published, from distances to a polyline; its vertices are "
+    text += "SPACING apart in x, 0.001 to 10 units of the plane; published: 0.1"
+    parser.add_argument("--polyline", metavar="SPACING", type=vertex_spacing, help=text)
     return parser.parse_args()
 
 
