@@ -48,10 +48,8 @@ def main():
     plane.plot(orbit, product / orbit, color="black", lw=1.5, label="orbit: the same loss")
     plane.plot(u[0], 1 / u[0], color="black", lw=1, ls=":", label="minima, $uv = 1$")
     teleported = START[0] * G, START[1] / G
-    for w, colour, name, marker in (
-        (START, plots.RED, "plain", "o"),
-        (teleported, plots.BLUE, "teleported", "s"),
-    ):
+    points = {"plain": (START, plots.RED, "o"), "teleported": (teleported, plots.BLUE, "s")}
+    for name, (w, colour, marker) in points.items():
         path, slope = descend(w), gradient(np.array(w))
         norm = np.linalg.norm(slope)
         style = {"color": colour, "marker": marker, "ms": 3, "lw": 1}
