@@ -30,12 +30,8 @@ def end_with_parent():
     os._exit(1)
 
 
-def is_script_of_ours():
-    """Return whether this process runs a script of this repository."""
-    return Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "learn-to-teleport")
-
-
+runs_ours = Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "learn-to-teleport")
 if PARENT in os.environ:
     threading.Thread(target=end_with_parent, daemon=True).start()
-elif is_script_of_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+elif runs_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, end_quietly)

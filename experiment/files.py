@@ -50,11 +50,9 @@ def is_left_over(part):
         return False
     try:
         os.kill(int(process), 0)  # sends nothing
-    except ProcessLookupError:
-        return True
-    except (PermissionError, ValueError, OverflowError):
-        pass
-    return False
+        return False
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
 
 
 @contextlib.contextmanager
@@ -194,11 +192,8 @@ def load(path, settings):
     if result is None:
         return None
     found, wanted = result.settings, json.loads(json.dumps(settings))
-    differing = sorted(
-        key
-        for key in (found.keys() | wanted.keys()) - {"device"}
-        if found.get(key) != wanted.get(key)
-    )
+    keys = (found.keys() | wanted.keys()) - {"device"}
+    differing = sorted(key for key in keys if found.get(key) != wanted.get(key))
     if differing:
         raise UserError(
             f"{path} was made with different settings ({', '.join(differing)}): "
@@ -268,15 +263,9 @@ def warn_once(sentence):
 
 @functools.cache
 def code_version():
-    """Return a hash of all scripts and the commit: (code, commit or None).
-
-    A change of other files leaves the hash as it is.
-    """
-    scripts = [
-        path
-        for folder in (".", "experiment", "learn-to-teleport")
-        for path in sorted((ROOT / folder).glob("*.py"))
-    ]
+    """Return a hash of all scripts, and of nothing else, and the commit: (code, commit or None)."""
+    folders = ROOT, ROOT / "experiment", ROOT / "learn-to-teleport"
+    scripts = sorted(path for folder in folders for path in folder.glob("*.py"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in scripts)).hexdigest()[:12]
     command = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty"]
     try:

@@ -7,12 +7,14 @@ import argparse
 import datetime
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 from . import PARENT, end_quietly, files
 from .files import ROOT, UserError
@@ -56,25 +58,18 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-class SharedBar:
-    """What a worker process updates in place of a progress bar: a count that its parent shows."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def update(self, n=1):
-        with self.count.get_lock():
-            self.count.value += n
-
-
 def start_worker(count):
-    """Prepare a worker process, which is single-threaded; count: what its bars have done."""
+    """Prepare a worker process, which is single-threaded; its bar adds to the count, shown here."""
     import torch
 
+    def update(n=1):
+        with count.get_lock():
+            count.value += n
+
     global bar_of_worker
+    bar_of_worker = SimpleNamespace(update=update)
     torch.set_num_threads(1)
     files.code_version()  # now: the code may change while it runs
-    bar_of_worker = SharedBar(count)
 
 
 def do_task(function, task):
@@ -120,13 +115,12 @@ def do_tasks(function, tasks, total, unit, processes):
         executor.shutdown(cancel_futures=True)
 
 
-def at_least(least, most=1_000_000):
-    """Return an argparse type: a whole number from `least` to `most`, in ASCII digits."""
+def at_least(least):
+    """Return an argparse type: a whole number from `least` to a million, in ASCII digits."""
 
     def whole_number(text):
-        digits = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
-        if not digits or not least <= int(text) <= most:
-            message = f"{text!r} is not a whole number from {least} to {most:,}"
+        if not re.fullmatch("[0-9]{1,7}", text) or not least <= int(text) <= 1_000_000:
+            message = f"{text!r} is not a whole number from {least} to 1,000,000"
             raise argparse.ArgumentTypeError(message)
         return int(text)
 
@@ -160,21 +154,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def experiment_parser(doc, on_datasets=True):
     """Return a parser with the options that all experiments have; doc: the script's docstring."""
-    parser = argparse.ArgumentParser(
-        description=doc.split("\n\n")[0], formatter_class=HelpFormatter
-    )
+    summary = doc.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--plot-only", action="store_true", help="redraw figures and tables from saved results")
     add("--output", type=Path, default=ROOT, help="folder for logs/ and figures/")
     if on_datasets:
         add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
         add("--device", type=device, default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
-        add(
-            "--data",
-            type=Path,
-            default=ROOT / "data",
-            help="folder of the datasets; missing ones are downloaded",
-        )
+        add("--data", type=Path, default=ROOT / "data", help="datasets; missing ones are fetched")
     return parser
 
 
@@ -211,21 +199,19 @@ def compute_and_report(args, folder, parts, asked, compute, collect, summarise, 
     for part in [] if args.plot_only else asked:
         settings, arrays, log = collect(part, args)
         files.save(folder / f"{part}.npz", settings, arrays, log and files.made_with_of(log))
-    results = {part: files.read(folder / f"{part}.npz") for part in parts}
-    for part in asked:
-        if results[part] is None:
+    results, summaries = {}, {}
+    for part in parts:
+        if found := files.read(folder / f"{part}.npz"):
+            results[part], settings, made = found
+            summaries[part] = {"settings": settings, "made_with": made}
+            summaries[part] |= summarise(part, results[part])
+        elif part in asked:
             raise UserError(f"{folder / part}.npz is missing: run without --plot-only.")
-    results = {part: result for part, result in results.items() if result}
-    summaries = {
-        part: {"settings": result.settings, "made_with": result.made_with}
-        | summarise(part, result.arrays)
-        for part, result in results.items()
-    }
     files.save_json(folder / "summary.json", summaries)
     files.save_text(folder / "table.md", table(summaries))
     files.copy_into_page(folder / "table.md")
     for part in asked:
-        draw(part, results[part].arrays, summaries[part], folder)
+        draw(part, results[part], summaries[part], folder)
     print(f"\n{table(summaries)}\nResults, figures, summary.json and table.md are in {folder}")
 
 

@@ -151,14 +151,10 @@ def difference_table(title, reference, differences, diverged=(), claims=()):
         arm, other = pair.split(" − ")
         name = arm_text(arm, dict(diverged).get(arm, 0))
         claim = f" (claim: {claims[arm]})" if arm in claims else ""
-        rows.append(
-            [
-                f"{name} − {other}{claim}",
-                *(f"{interval_text(d)} {d.get('verdict', '')}" for d in after.values()),
-            ]
-        )
+        cells = [f"{interval_text(d)} {d.get('verdict', '')}".strip() for d in after.values()]
+        rows.append([f"{name} − {other}{claim}", *cells])
     header = [f"{title}: differences in 10⁻³", *(f"after epoch {epoch}" for epoch in reference)]
-    return markdown(header, [[cell.strip() for cell in row] for row in rows])
+    return markdown(header, rows)
 
 
 def number_text(value, digits=3):
