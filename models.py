@@ -157,8 +157,7 @@ def optimizer_from_arrays(optimizer, arrays):
 def check_batch(weights, x, y=None):
     """Raise ValueError, in a sentence, where weights, x: [d_0, n] and y: [n] do not fit together.
 
-    That is about shapes, types, labels outside of the classes, and devices; not about values that
-    are not finite, of which results warn.
+    Values that are not finite are let through: results warn of them.
     """
     shapes = [list(w.shape) for w in weights]
     if not shapes:
@@ -170,18 +169,15 @@ def check_batch(weights, x, y=None):
             raise ValueError(f"W_{m} {shape} does not fit W_{m - 1} {shapes[m - 1]}")
     d, classes = shapes[0][-1], shapes[-1][-2]
     if x.dim() != 2 or len(x) != d or not x.shape[1]:
-        found = list(x.shape)
-        raise ValueError(f"x must be [{d}, n] with n > 0 for W_0 {shapes[0]}, not {found}")
+        raise ValueError(f"x must be [{d}, n] with n > 0 for W_0 {shapes[0]}, not {list(x.shape)}")
     if any(w.dtype != x.dtype or w.device != x.device for w in weights):
         types = ", ".join(f"{t.dtype} on {t.device}" for t in (*weights, x))
         raise ValueError(f"weights and x must have one type and device, not {types}")
     if y is None:
         return
     if y.shape != x.shape[1:] or y.dtype != torch.int64 or y.device != x.device:
-        raise ValueError(
-            f"y must be int64 [{x.shape[1]}] on {x.device} for x {list(x.shape)}, "
-            f"not {y.dtype} {list(y.shape)} on {y.device}"
-        )
+        expected = f"int64 [{x.shape[1]}] on {x.device} for x {list(x.shape)}"
+        raise ValueError(f"y must be {expected}, not {y.dtype} {list(y.shape)} on {y.device}")
     if not y.is_meta and not 0 <= y.min() <= y.max() < classes:
         raise ValueError(f"labels must be 0 to {classes - 1}, not {y.min()} to {y.max()}")
 
@@ -195,10 +191,7 @@ def warn_if_not_finite(what, values):
 
 
 def propagate(weights, z, activation):
-    """Return the logits [..., classes, n] from the first layer's pre-activations z = W_0 X.
-
-    `weights` are those of the layers above the first.
-    """
+    """Return the logits [..., classes, n] of `weights`, those above the first, from z = W_0 X."""
     for w in weights:
         z = w @ activation(z)
     return z
@@ -260,12 +253,16 @@ def one_hot(y, weights):
     return F.one_hot(y, weights[-1].shape[-2]).T.to(weights[-1])
 
 
-def check_finite(losses):
-    """Raise FloatingPointError, naming run and step, if a loss of losses: [steps, ...] is not."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
+def mean_loss(losses, check):
+    """Return the mean [...] of a list of losses [...], one for each step.
+
+    check: whether to raise FloatingPointError, naming run and step, where one is not finite.
+    """
+    losses = torch.stack(losses)
+    if check and len(bad := (~losses.isfinite()).nonzero()):
         step, *run = bad[0].tolist()
         raise FloatingPointError(f"the loss of run {run} of the stack is not finite at step {step}")
+    return losses.mean(0)
 
 
 @torch.no_grad()
@@ -286,72 +283,61 @@ def replace_diverged(weights, diverged):
 
 
 @torch.no_grad()
-def train_epoch(model, x, y, optimizer, batch_size=BATCH, check=check_finite):
+def train_epoch(model, x, y, optimizer, check=True):
     """Train an MLP for one pass over x: [N, d_0], y: [N], in the order in which they lie.
 
     `optimizer` is any elementwise one of torch.optim over the model's parameters, so that each run
-    of the stack is trained alone. Returns the mean training loss [...] of each run over the epoch.
-    check: called with the losses [steps, ...] in the end, or None.
+    of the stack is trained alone. Returns the `mean_loss` [...] over the epoch, with `check`.
     """
     weights, activation = list(model.weights), model.activation
     check_batch(weights, x.T, y)
     targets = one_hot(y, weights)
     losses = []
-    for images, columns in zip(x.split(batch_size), targets.split(batch_size, 1)):
+    for images, columns in zip(x.split(BATCH), targets.split(BATCH, 1)):
         batch = images.T
         loss, inputs, deltas = backpropagate(weights[1:], weights[0] @ batch, columns, activation)
         for w, h, delta in zip(weights, [batch, *inputs], deltas):
             w.grad = delta @ h.mT
         optimizer.step()
         losses.append(loss)
-    losses = torch.stack(losses)
-    if check:
-        check(losses)
-    return losses.mean(0)
+    return mean_loss(losses, check)
 
 
 @torch.no_grad()
-def train_epoch_sgd(weights, x, y, lr, activation, batch_size=BATCH, check=check_finite):
+def train_epoch_sgd(weights, x, y, lr, activation, check=True):
     """Train by plain SGD, in place, as `train_epoch` does with torch.optim.SGD(lr=lr).
 
     The first layer has nearly all of the weights. Its changes over a block of steps are kept as
     W_0 − lr Σ_j δ_j X_j^T and added at the block's end; until then W_0 X_k is corrected by
     −lr Σ_j δ_j (X_j^T X_k). The sums are the same, and the large products see many batches at once.
-    The weights must be contiguous. check: as `train_epoch` takes it.
+    The weights must be contiguous.
     """
     check_batch(weights, x.T, y)
     first_layer = weights[0].view(-1, weights[0].shape[-1])
     targets = one_hot(y, weights)
     losses = []
-    for block in range(0, len(x), BLOCK * batch_size):
-        X = x[block : block + BLOCK * batch_size]  # [n, d_0], n = BLOCK * batch_size but at the end
+    # X: [n, d_0] and its targets T: [classes, n], with n = BLOCK * BATCH but at the end
+    for X, T in zip(x.split(BLOCK * BATCH), targets.split(BLOCK * BATCH, 1)):
         Z = weights[0] @ X.T  # [..., d_1, n]
         gram = X @ X.T  # [n, n], shared by all runs
         delta_0 = torch.empty_like(Z)
-        for first in range(0, len(X), batch_size):
-            batch = slice(first, min(first + batch_size, len(X)))
+        for first in range(0, len(X), BATCH):
+            batch = slice(first, first + BATCH)
             z = Z[..., batch]
             if first:
                 z = z - lr * (delta_0[..., :first] @ gram[:first, batch])
-            columns = slice(block + batch.start, block + batch.stop)
-            loss, inputs, deltas = backpropagate(weights[1:], z, targets[:, columns], activation)
+            loss, inputs, deltas = backpropagate(weights[1:], z, T[:, batch], activation)
             delta_0[..., batch] = deltas[0]
             for w, h, delta in zip(weights[1:], inputs, deltas[1:]):
                 w.sub_(delta @ h.mT, alpha=lr)
             losses.append(loss)
         first_layer.addmm_(delta_0.view(-1, len(X)), X, alpha=-lr)
-    losses = torch.stack(losses)
-    if check:
-        check(losses)
-    return losses.mean(0)
+    return mean_loss(losses, check)
 
 
 @torch.no_grad()
 def evaluate(weights, x, y, activation, chunk=1000):
-    """Return the mean loss [...] and the accuracy [...] of each run on x: [N, d_0], y: [N].
-
-    `chunk` bounds the memory: so many samples are in flight at once.
-    """
+    """Return mean loss [...] and accuracy [...] on x: [N, d_0], y: [N], `chunk` samples at once."""
     check_batch(weights, x.T, y)
     loss = correct = 0
     for x_chunk, y_chunk in zip(x.split(chunk), y.split(chunk)):
