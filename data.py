@@ -172,10 +172,8 @@ def fetch(name, root=DATA):
             with whole_file(path) as file:
                 file.write(contents[path.name])
     except OSError as error:
-        raise UserError(
-            f"no file can be written to {folder} ({error.strerror or error}): "
-            "fix this, or choose another folder for the data."
-        ) from error
+        why = f"no file can be written to {folder} ({error.strerror or error})"
+        raise UserError(f"{why}: fix this, or choose another folder for the data.") from error
 
 
 def make_sample(root=DATA, folder=SAMPLE):
@@ -212,8 +210,7 @@ def _find(path):
 
 def _read(path, sha256, advice):
     """Return the bytes of `path`, or those in `path`.gz, as uint8 [size]."""
-    found = _find(path)
-    if not found:
+    if not (found := _find(path)):
         raise UserError(f"{path}.gz is missing: {advice}.")
     try:
         with (gzip.open if found.suffix == ".gz" else open)(found, "rb") as file:
@@ -250,8 +247,7 @@ def _dataset(name, *splits):
     """Return the Dataset of `_read_splits`."""
     tensors = []
     for images, labels in splits:
-        x = images.astype(np.float32)
-        x /= 255
+        x = np.divide(images, 255, dtype=np.float32)
         tensors += [torch.from_numpy(x), torch.from_numpy(labels.astype(np.int64))]
     return Dataset(name, *tensors)
 
@@ -316,10 +312,7 @@ def _unpack(stream):
 
 
 def _png_to_rows(png, labels):
-    """Return the CIFAR-10 binary version of a PNG whose rows are images, of RGB pixels.
-
-    Takes one of the iterator `labels` for each image.
-    """
+    """Return a PNG's rows of RGB pixels, each with the next of `labels`, as CIFAR-10's file."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))  # [n, 1024, 3]
     planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)  # all red, then green, then blue
     return np.column_stack([np.fromiter(labels, np.uint8, len(pixels)), planes]).tobytes()
