@@ -57,16 +57,12 @@ HOMOGENEOUS += (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool2d)
 
 def axes(module, prefix, *entries):
     """Return the axes of those of a module's parameters (name, dim, …) that it has."""
-    found = [Axis(prefix + name, *rest) for name, *rest in entries]
-    names = {prefix + name for name, _ in module.named_parameters()}
-    return [axis for axis in found if axis.name in names]
+    names = {name for name, _ in module.named_parameters()}
+    return [Axis(prefix + name, *rest) for name, *rest in entries if name in names]
 
 
 def groups_of_sequence(layers):
-    """Return the groups between the layers [(prefix, module)] of a feed-forward network.
-
-    Batch norm normalises away what is before it: there its own affine parameters are V.
-    """
+    """Return the groups between the layers [(prefix, module)] of a feed-forward network."""
     groups, V, size, action, spatial = [], [], 0, None, True
     for prefix, layer in layers:
         if isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and getattr(layer, "groups", 1) == 1:
@@ -76,7 +72,7 @@ def groups_of_sequence(layers):
             V, size = axes(layer, prefix, *MADE), len(layer.weight)
             spatial = not isinstance(layer, nn.Linear)  # after nn.Flatten a unit has its pixels
             action = RESCALING if spatial else LINEAR
-        elif isinstance(layer, BATCH_NORMS):
+        elif isinstance(layer, BATCH_NORMS):  # normalises away what is before it
             V, size, action = axes(layer, prefix, *MADE), layer.num_features, RESCALING
         elif isinstance(layer, HOMOGENEOUS):
             action = RESCALING
@@ -88,17 +84,13 @@ def groups_of_sequence(layers):
 def groups_of_attention(attention, prefix):
     """Return the groups of nn.MultiheadAttention: queries with keys, values with the output."""
     E, H = attention.embed_dim, attention.num_heads
-    queries, keys, values = (
-        axes(
-            attention,
-            prefix,
-            ("in_proj_weight", 0, part * E, (part + 1) * E),
-            (f"{name}_proj_weight", 0),
-            ("in_proj_bias", 0, part * E, (part + 1) * E),
-            (f"bias_{name}", 2),
-        )
-        for part, name in enumerate("qkv")
-    )
+    made = []
+    for part, name in enumerate("qkv"):
+        rows = 0, part * E, (part + 1) * E
+        entries = ("in_proj_weight", *rows), (f"{name}_proj_weight", 0)
+        entries += ("in_proj_bias", *rows), (f"bias_{name}", 2)
+        made.append(axes(attention, prefix, *entries))
+    queries, keys, values = made
     output = axes(attention, prefix, ("out_proj.weight", 1))
     return [Group(LINEAR, E // H, queries, keys, H), Group(LINEAR, E // H, values, output, H)]
 
@@ -191,7 +183,6 @@ def outputs(model, parameters, inputs):
     Of a tuple of outputs the first counts. Buffers and the random state stay as they are: dropout
     takes the masks of seed 0. Attention takes the kernel that has second derivatives.
     """
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(range(torch.cuda.device_count())), sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(0)
@@ -289,9 +280,8 @@ def mean_perturbed_loss(model, loss, inputs, targets, radii, seed=0):
 def value_and_slopes(objective, parameters, symmetry):
     """Return the objective and its gradient in T = 0 of each group, [heads, size, size]."""
     like = next(iter(parameters.values()))
-    T = [like.new_zeros(group.heads, group.size, group.size) for group in symmetry]
+    T = [like.new_zeros(g.heads, g.size, g.size, requires_grad=True) for g in symmetry]
     with torch.enable_grad():
-        T = [t.requires_grad_() for t in T]
         elements = [group.action.element(t) for group, t in zip(symmetry, T)]
         value = objective(act_on(parameters, symmetry, elements))
         slopes = torch.autograd.grad(value, T, materialize_grads=True)
