@@ -91,31 +91,22 @@ def mean_over_circle(distance, crossing, r):
 
 
 def parabola_displacement(k, r):
-    """Return the expected displacement / r from the parabola y = k x².
-
-    k is `[...]`, r a number, and the result `[...]`; it is right to 1e-8 for k r up to 1000.
-    """
+    """Return the expected displacement / r from y = k x², k: [...], to 1e-8 for k r up to 1000."""
     k = np.asarray(k, dtype=float)
     crossing = np.arctan(k * r * np.sqrt(2 / (1 + np.sqrt(1 + (2 * k * r) ** 2))))
     return mean_over_circle(lambda x, y: parabola_distance(x, y, k[..., None]), crossing, r)
 
 
 def circle_displacement(k, r):
-    """Return the expected displacement / r from the circle of radius k.
-
-    k is `[...]`, r a number, and the result `[...]`; it is right to 1e-8.
-    """
+    """Return the expected displacement / r from the circle of radius k: [...], to 1e-8."""
     k = np.asarray(k, dtype=float)
     crossing = np.arcsin(np.minimum(r / (2 * k), 1))
     return mean_over_circle(lambda x, y: circle_distance(x, y, k[..., None]), crossing, r)
 
 
 def polyline_displacement(k, r, spacing):
-    """Return the expected displacement / r from the polyline on the parabola.
-
-    k is `[...]`, r and spacing numbers, and the result `[...]`; it is right to 1e-5: a midpoint
-    rule will do for a curve that is only drawn and has a kink wherever the nearest segment changes.
-    """
+    """Return the expected displacement / r from the polyline on the parabola, k: [...], to 1e-5."""
+    # a midpoint rule will do: it is only drawn, and has a kink wherever the nearest segment changes
     angle = np.pi * ((np.arange(ANGLES) + 0.5) / ANGLES - 0.5)
     k = np.asarray(k, dtype=float)[..., None]
     return polyline_distance(r * np.cos(angle), r * np.sin(angle), k, spacing).mean(-1) / r
