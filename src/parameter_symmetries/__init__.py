@@ -15,7 +15,7 @@ from pathlib import Path
 
 CORE = "models", "teleportation", "module_symmetry"  # each after those that it imports
 
-lent = {name: sys.modules.pop(name, None) for name in CORE}
+lent = {name: sys.modules.pop(name) for name in CORE if name in sys.modules}
 try:
     for name in CORE:
         path = Path(__file__).resolve().parents[2] / f"{name}.py"
@@ -27,7 +27,6 @@ try:
         globals()[name] = module
         spec.loader.exec_module(module)
 finally:
-    for name, before in lent.items():
+    for name in CORE:
         sys.modules.pop(name, None)
-        if before:
-            sys.modules[name] = before
+    sys.modules |= lent
