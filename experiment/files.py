@@ -57,14 +57,12 @@ def is_left_over(part):
 
 @contextlib.contextmanager
 def whole_file(path, mode="wb"):
-    """Open `path` for writing so that it appears whole or not at all; makes its folder.
-
-    What processes that were killed left of this file is removed.
-    """
+    """Open `path` for writing so that it appears whole or not at all; makes its folder."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # what processes that were killed left of this file
         for other in filter(is_left_over, path.parent.glob(f"{glob.escape(path.name)}.*.part")):
             other.unlink(missing_ok=True)
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -112,10 +110,7 @@ def save_json(path, content):
 
 
 def copy_into_page(table):
-    """Copy the file `table` into figures/README.md, between the markers that name it.
-
-    They are <!-- path of the table --> and <!-- end -->. Where there are none nothing is done.
-    """
+    """Copy the file `table` to figures/README.md, where <!-- its path --> and <!-- end --> are."""
     page, table = ROOT / "figures" / "README.md", Path(table).resolve()
     if page.exists() and table.is_relative_to(ROOT):
         begin, end = f"<!-- {table.relative_to(ROOT).as_posix()} -->\n", "<!-- end -->\n"
@@ -164,8 +159,7 @@ def read(path):
         return None
     content = path.read_bytes()  # an error of the disk is not a damaged file
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+        arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
         about = json.loads(str(arrays.pop("about")))
         if about["checksum"] != checksum(arrays, about["settings"]):
             raise ValueError("altered")
@@ -188,17 +182,14 @@ def load(path, settings):
     compared, so that what a GPU computed can be used anywhere. A file made by other code is used,
     with a warning.
     """
-    result = read(path)
-    if result is None:
+    if (result := read(path)) is None:
         return None
     found, wanted = result.settings, json.loads(json.dumps(settings))
     keys = (found.keys() | wanted.keys()) - {"device"}
     differing = sorted(key for key in keys if found.get(key) != wanted.get(key))
     if differing:
-        raise UserError(
-            f"{path} was made with different settings ({', '.join(differing)}): "
-            "move it away, or choose another --output."
-        )
+        other = f"{path} was made with different settings ({', '.join(differing)})"
+        raise UserError(f"{other}: move it away, or choose another --output.")
     if result.made_with.get("code") != code_version()[0]:
         warn_once(
             f"{path.parent} contains results from another version of the code; using them. "
@@ -268,11 +259,10 @@ def code_version():
     scripts = sorted(path for folder in folders for path in folder.glob("*.py"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in scripts)).hexdigest()[:12]
     command = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty"]
-    try:
+    with contextlib.suppress(OSError):  # there may be no git
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # there is no git
-        commit = ""
-    return code, commit or None
+        return code, commit or None
+    return code, None
 
 
 def made_with():

@@ -59,22 +59,19 @@ def cores():
 
 
 def start_worker(count):
-    """Prepare a worker process, which is single-threaded; its bar adds to the count, shown here."""
+    """Prepare a worker process, which is single-threaded; count: what `add_to_count` adds to."""
     import torch
 
-    def update(n=1):
-        with count.get_lock():
-            count.value += n
-
-    global bar_of_worker
-    bar_of_worker = SimpleNamespace(update=update)
+    global count_of_worker
+    count_of_worker = count
     torch.set_num_threads(1)
     files.code_version()  # now: the code may change while it runs
 
 
-def do_task(function, task):
-    """Do a task in a worker process."""
-    function(*task, bar_of_worker)
+def add_to_count(n=1):
+    """Update the progress bar of a worker process, which its parent shows."""
+    with count_of_worker.get_lock():
+        count_of_worker.value += n
 
 
 def do_tasks(function, tasks, total, unit, processes):
@@ -90,13 +87,13 @@ def do_tasks(function, tasks, total, unit, processes):
                 function(*task, bar)
         return
     context = multiprocessing.get_context("spawn")
-    count = context.Value("q", 0)
+    count, bar_of_worker = context.Value("q", 0), SimpleNamespace(update=add_to_count)
     os.environ[PARENT] = str(os.getpid())
     executor = ProcessPoolExecutor(processes, context, start_worker, (count,))
     # the workers inherit that they ignore Ctrl-C: this process stops them
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        pending = [executor.submit(do_task, function, task) for task in tasks]
+        pending = [executor.submit(function, *task, bar_of_worker) for task in tasks]
     finally:
         signal.signal(signal.SIGINT, handler)
         del os.environ[PARENT]
@@ -128,13 +125,10 @@ def at_least(least):
 
 
 def device(text):
-    """An argparse type: a torch.device on which a tensor can be made here.
-
-    cuda is the rank's own GPU of its machine.
-    """
+    """An argparse type: a torch.device on which a tensor can be made here."""
     import torch  # only where it is needed: a script without networks starts in half the time
 
-    if text == "cuda":
+    if text == "cuda":  # the rank's own GPU of its machine
         text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         probe = torch.zeros(1, device=text)
@@ -173,8 +167,7 @@ def figures_folder(args, name, defaults):
     all parts that are in a folder were made with the same. The sample's are in figures/sample/.
     """
     for option, default in defaults.items():
-        chosen = vars(args)[option]
-        if chosen != default:
+        if (chosen := vars(args)[option]) != default:
             name += f"-{option}" if chosen is True else f"-{chosen}{option}"
     return args.output / "figures" / ("sample" if args.sample else "") / name
 
@@ -221,10 +214,8 @@ def advice(error):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return (
-            f"{where}{error.strerror or error}.\n"
-            "Everything saved so far is complete: fix this, then run the same command to resume."
-        )
+        again = "fix this, then run the same command to resume."
+        return f"{where}{error.strerror or error}.\nEverything saved so far is complete: {again}"
     if isinstance(error, MemoryError) or "memory" in str(error):
         return "out of memory: choose fewer --runs."
     return None

@@ -16,10 +16,9 @@ BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#808080"
 
 def save_figure(figure, path):
     """Write a matplotlib figure as `path`.pdf and `path`.png."""
-    for suffix in ("pdf", "png"):
+    # no date in the file: the same figure is the same bytes
+    for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
         with whole_file(f"{path}.{suffix}") as file:
-            # no date in the file: the same figure is the same bytes
-            metadata = {"CreationDate": None} if suffix == "pdf" else None
             figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
@@ -31,11 +30,10 @@ def plain_log_axis(axes, which):
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
     low, high = axis.get_view_interval()
-    if high > 1000 * low:
-        return
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
+    if high <= 1000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
 
 
 def legend_beside(axes):
@@ -50,19 +48,11 @@ def plot_with_band(axes, x, mean, low, high, **style):
 
 
 def plot_mean(axes, x, values, **style):
-    """Plot the mean over runs of values: [len(x), runs], with a band of a standard deviation.
-
-    Those that are nan are left out.
-    """
+    """Plot the mean of values: [len(x), runs], over those not nan, with a standard deviation."""
     with warnings.catch_warnings():  # where one is left
         warnings.simplefilter("ignore", RuntimeWarning)
         mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
     plot_with_band(axes, x, mean, mean - deviation, mean + deviation, **style)
-
-
-def plot_difference(axes, x, values, reference, **style):
-    """Plot the `paired_difference` of values and reference: [len(x), runs], with its interval."""
-    plot_with_band(axes, x, **paired_difference(values, reference), **style)
 
 
 def draw_losses(path, curves, **labels):
@@ -99,7 +89,8 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     for i, (label, (color, train_loss, test_loss)) in enumerate(arms.items()):
         # markers, since colours alone are lost in grey
         style = {"color": color, "marker": "osD^vPX*"[i % 8], "ms": 4, "markevery": (i, 6)}
-        plot_difference(differences, epochs, test_loss, reference, label=label, **style)
+        difference = paired_difference(test_loss, reference)
+        plot_with_band(differences, epochs, **difference, label=label, **style)
         if label not in controls:
             plot_mean(losses, epochs, test_loss, **style)
             if train_loss is not None:
@@ -107,8 +98,7 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     trained = any(train_loss is not None for _, train_loss, _ in arms.values())
     ylabel = "loss (dashed: training)" if trained else "test loss"
     losses.set(title=title, xlabel="epoch", ylabel=ylabel)
-    drawn = [loss for _, *both in arms.values() for loss in both if loss is not None]
-    lowest = min(np.nanmin(loss) for loss in drawn)
+    lowest = min(np.nanmin(loss) for _, *both in arms.values() for loss in both if loss is not None)
     if losses.get_ylim()[0] < lowest / 3:  # a band that reaches 0
         losses.set_ylim(bottom=lowest / 1.5)
     plain_log_axis(losses, "y")

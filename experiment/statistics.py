@@ -21,10 +21,7 @@ def paired_difference(a, b):
 
 
 def compare_arms(loss, pairs, epochs):
-    """Return {"a − b": {epoch: `paired_difference` of their losses after it}} for pairs of arms.
-
-    loss: {arm: [epochs, runs]}, after each epoch.
-    """
+    """Return {"a − b": {epoch: `paired_difference`}} of pairs a, b; loss: {arm: [epochs, runs]}."""
     return {
         f"{a} − {b}": {e: paired_difference(loss[a][e - 1], loss[b][e - 1]) for e in epochs}
         for a, b in pairs
