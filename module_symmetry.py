@@ -244,7 +244,7 @@ def gradient_norm(model, loss, inputs, targets):
 
     loss(outputs, targets) returns a number, as nn.CrossEntropyLoss does.
     """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient")
 

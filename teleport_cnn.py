@@ -50,11 +50,18 @@ loss_of = nn.CrossEntropyLoss()
 def network(seed):
     """Return the network with weights drawn from a seed."""
     torch.manual_seed(seed)
-    layers = [nn.Unflatten(1, (3, 32, 32))]
-    layers += [nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
-    layers += [nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()]
-    layers += [nn.Linear(32 * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 10)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(
+        nn.Unflatten(1, (3, 32, 32)),
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 8 * 8, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
 
 
 # Computation

@@ -298,7 +298,7 @@ def train_epoch(state, data, experiment, stack, due):
             moved.append(found.masked_fill(diverged[:, None], torch.nan))
         rows = slice(first * models.BATCH, end * models.BATCH)
         x, y = data.x_train[rows], data.y_train[rows]
-        loss = loss + (end - first) * models.train_epoch(model, x, y, optimizer, check=None)
+        loss = loss + (end - first) * models.train_epoch(model, x, y, optimizer, check=False)
         models.replace_diverged(model.weights, diverged)
     loss = loss / batches
     if moved:

@@ -278,7 +278,7 @@ def train_rows(weights, diverged, data, experiment, rows):
     Raises ValueError where plain SGD diverges.
     """
     x, y, lr = data.x_train[rows], data.y_train[rows], experiment.training.lr
-    loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=None)
+    loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=False)
     models.replace_diverged(weights, diverged)
     if diverged[0].any():
         runs = diverged[0].nonzero().flatten().tolist()

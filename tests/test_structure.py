@@ -112,10 +112,10 @@ def test_a_tensor_of_another_device_raises(small):
 
 def test_training_and_evaluation_stay_on_their_device(small):
     images, labels = small.x.T, small.y
-    loss = train_epoch_sgd(small.weights, images, labels, 0.1, small.activation, check=None)
+    loss = train_epoch_sgd(small.weights, images, labels, 0.1, small.activation, check=False)
     model = MLP(small.weights, small.activation)
     optimizer = torch.optim.Adam(model.parameters())
-    results = loss, train_epoch(model, images, labels, optimizer, check=None)
+    results = loss, train_epoch(model, images, labels, optimizer, check=False)
     results += evaluate(small.weights, images, labels, small.activation)
     assert [(r.device.type, r.shape) for r in results] == [("meta", (2,))] * 4
 
