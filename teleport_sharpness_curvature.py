@@ -1,7 +1,7 @@
 """Teleporting to another sharpness or curvature, and what it does to the test loss: Figure 4.
 
     python teleport_sharpness_curvature.py                     # CIFAR-10, as published
-    python teleport_sharpness_curvature.py --dataset MNIST     # its twins
+    python teleport_sharpness_curvature.py --dataset MNIST     # the same on MNIST
     python teleport_sharpness_curvature.py --sample            # on the shipped sample
 
 Networks train by SGD. At the start of epoch index 20 they are teleported, once before each of the
@@ -13,7 +13,9 @@ first mini-batches, and go on with SGD. The arms, all runs of which train as one
     the same four, rescaled                     exact rescalings to the φ or κ that these reach
     random, random in one pair                  moves as long as those of sharpness decrease and of
                                                 curvature increase, in random directions
-    random rescaling, the same (curvature)      the same for the two increases, rescaled
+    random rescaling                            rescalings as long as those of sharpness increase,
+                                                rescaled, in random directions
+    random rescaling (curvature)                as long as those of curvature increase, rescaled
     refit                                       the pseudoinverse action with g = I alone
 
 Runs differ in their initial weights, and share the teleports' batches and draws. A network that
@@ -24,6 +26,7 @@ are in figures/generalization/<dataset>.npz.
 
 import math
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 from experiment import files, launch, plots, statistics
@@ -53,12 +56,11 @@ from teleportation import (
 
 
 class Teleports(NamedTuple):
-    """How an arm teleports: how often, in how many steps, how far, and in which direction."""
+    """How an arm teleports: how often, how far, and in which direction."""
 
     number: int  # mini-batches with a teleport before them
-    steps: int
     lr: float  # on T (sharpness) or t (curvature); negative to decrease
-    stop: float = math.inf  # a network stays where it is while the published objective is above
+    stop: float = math.inf  # sharpness: networks stay while the published objective is above
 
 
 class Experiment(NamedTuple):
@@ -74,10 +76,10 @@ def teleports(sharpness_down, sharpness_up, curvature_down, curvature_up, ups=5)
     """Return the arms' Teleports with these learning rates."""
     return {
         # published: 2.0 either way, where two in five networks on CIFAR-10 would not begin
-        "sharpness decrease": Teleports(10, 10, -sharpness_down, stop=4.0),
-        "sharpness increase": Teleports(2, 10, sharpness_up, stop=2.0),
-        "curvature decrease": Teleports(5, 1, -curvature_down),
-        "curvature increase": Teleports(ups, 1, curvature_up),
+        "sharpness decrease": Teleports(10, -sharpness_down, stop=4.0),
+        "sharpness increase": Teleports(2, sharpness_up, stop=2.0),
+        "curvature decrease": Teleports(5, -curvature_down),
+        "curvature increase": Teleports(ups, curvature_up),
     }
 
 
@@ -108,8 +110,9 @@ ACTIVATION, ACTION = models.LeakyReLU(), PSEUDOINVERSE
 SAMPLE_SCALE = 0.1
 EPOCHS, TELEPORT_EPOCH = 40, 20  # the index of the epoch that begins with teleports
 # mini-batches with a move of some arm before them
-MOVES = max(t.number for e in EXPERIMENTS.values() for t in e.teleports.values())
+MOST_TELEPORTS = max(t.number for e in EXPERIMENTS.values() for t in e.teleports.values())
 TELEPORT_BATCH = 2000
+SHARPNESS_STEPS = 10  # of ascent in a teleport in sharpness; in curvature, one
 TELEPORT_RADII = np.arange(1, 10) / 10  # of the perturbations in the objective of teleports
 PUBLISHED_SCALE = 0.9  # the published objective is the sum of the 900 losses over 1,000: 0.9 φ
 MAX_T_NORM = 10.0  # |T|_F of a step in sharpness: where SGD runs away, steps outgrow float32
@@ -136,8 +139,8 @@ CONTROLS = {
 ARMS = ("plain", *CLAIMS, *CONTROLS.values(), "refit")
 COLOURS = plots.BLACK, plots.BLUE, plots.RED, plots.SKY, plots.ORANGE, plots.GREY, plots.GREEN
 CURVES = ("train_loss", "test_loss", "test_accuracy", "sharpness", "curvature")
-MEASURES = {"sharpness": "φ", "curvature": "κ"}  # what each quantity's arms change
-QUANTITIES = ("loss", *MEASURES.values())
+SYMBOLS = {"sharpness": "φ", "curvature": "κ"}  # of what each quantity's arms change
+MEASURED = ("loss", *SYMBOLS.values())
 EPOCHS_SHOWN = (21, 25, 40)
 
 
@@ -145,7 +148,7 @@ EPOCHS_SHOWN = (21, 25, 40)
 
 
 def measures(x, y, M, k):
-    """Return {QUANTITIES: functions weights -> [...]} of networks on a batch, for the k-th move.
+    """Return {MEASURED: functions weights -> [...]} of networks on a batch, for the k-th move.
 
     They are the loss, φ and κ along exp(tM), before a move and after it with the same draws.
     """
@@ -169,8 +172,9 @@ def rescale_to(weights, x, measure, targets):
     Their functions are kept. A network whose target is not finite stays as it is.
     """
     targets = targets.masked_fill(~targets.isfinite(), math.nan)  # infinity is a target, too
-    how = x, RESCALING_LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
-    return ascend_to(targets, measure, weights, *how)[0]
+    limits = {"length": RESCALING_LENGTH, "steps": RESCALING_STEPS}
+    limits |= {"activation": ACTIVATION, "action": RESCALING}
+    return ascend_to(targets, measure, weights, x, **limits)[0]
 
 
 def teleport_pair(weights, x, y, experiment, quantity, k, M):
@@ -185,16 +189,26 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
     stack = [torch.stack([w[ARMS.index(arm)] for arm in arms]) for w in weights]
     lr = torch.tensor([s.lr for s in settings])[:, None].to(x)
     if quantity == "sharpness":
-        stop = torch.tensor([s.stop for s in settings])[:, None].to(x) / PUBLISHED_SCALE
-        lr = lr * PUBLISHED_SCALE
-        draw = settings[0].steps, TELEPORT_RADII, experiment.directions, k
+        stop = torch.tensor([s.stop for s in settings])[:, None].to(x)
         new, path = teleport_sharpness(
-            stack, x, y, lr, *draw, ACTIVATION, stop, MAX_T_NORM, return_path=True, action=ACTION
+            stack,
+            x,
+            y,
+            lr=lr * PUBLISHED_SCALE,
+            steps=SHARPNESS_STEPS,
+            radii=TELEPORT_RADII,
+            per_radius=experiment.directions,
+            seed=k,
+            activation=ACTIVATION,
+            stop=stop / PUBLISHED_SCALE,
+            max_norm=MAX_T_NORM,
+            return_path=True,
+            action=ACTION,
         )
         elements = path["group_elements"]
     else:
-        how = ACTIVATION, PAIR, experiment.max_tm_norm, ACTION
-        new, g = teleport_curvature(stack, x, lr, [M], *how)
+        limits = {"layer": PAIR, "max_norm": experiment.max_tm_norm, "action": ACTION}
+        new, g = teleport_curvature(stack, x, lr, [M], ACTIVATION, **limits)
         elements = [torch.eye(w.shape[-2]).to(w).expand(*w.shape[:2], -1, -1) for w in stack[:-1]]
         elements[PAIR] = g
     return [{arm: [t[i] for t in ts] for i, arm in enumerate(arms)} for ts in (new, elements)]
@@ -234,7 +248,7 @@ def move(weights, data, experiment, k, diverged):
     """
     d = experiment.training.widths[PAIR + 1]
     x, y = shuffled_batch(data, TELEPORT_BATCH, k)
-    batches = [(x, y), shuffled_batch(data, TELEPORT_BATCH, MOVES + k)]
+    batches = [(x, y), shuffled_batch(data, TELEPORT_BATCH, MOST_TELEPORTS + k)]
     rng = torch.Generator().manual_seed(models.SEED + k)
     M = torch.rand(d, d, generator=rng).to(x)
     measured = [measures(*batch, M, k) for batch in batches]
@@ -248,11 +262,11 @@ def move(weights, data, experiment, k, diverged):
 
     before = measure()
     moved, elements = {}, {}
-    for quantity in MEASURES:
+    for quantity in SYMBOLS:
         new, g = teleport_pair(weights, x, y, experiment, quantity, k, M)
         moved, elements = moved | new, elements | g
     for arm in list(moved):
-        f, rescaled = measured[0][MEASURES[arm.split()[0]]], RESCALED[arm]
+        f, rescaled = measured[0][SYMBOLS[arm.split()[0]]], RESCALED[arm]
         targets = f(moved[arm]).masked_fill(diverged[ARMS.index(arm)], math.nan)
         moved[rescaled] = rescale_to(own(rescaled), x, f, targets)
         elements[rescaled] = elements_of_rescaling(own(rescaled), moved[rescaled])
@@ -320,7 +334,7 @@ def train_epoch(state, data, experiment, teleported):
     batches, first, losses = math.ceil(len(data.x_train) / models.BATCH), 0, 0
     if state["steps"] == TELEPORT_EPOCH:
         after = teleported(state)
-        first, losses = MOVES, after.pop("losses").sum(0)
+        first, losses = MOST_TELEPORTS, after.pop("losses").sum(0)
         kept = ~after["diverged"][:, None, None, None]
         state = state | after | {"moves": np.where(kept, after["moves"], math.nan)}
     weights, diverged = from_state(state, data.x_train.device)
@@ -335,10 +349,10 @@ def train_epoch(state, data, experiment, teleported):
 def train(data, experiment, runs, path, settings):
     """Train all arms; resume from `path`, or in the midst of the teleports from a file beside it.
 
-    Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch; `moves`
-    [MOVES, arms, 2 batches, 2, 3, runs] as `move` returns them; the weights; and which networks
-    `diverged` [arms, runs]: their curves are nan from then on, and their moves if that was in the
-    course of the moves. Raises UserError where plain SGD diverges.
+    Returns the arrays saved there: the CURVES [EPOCHS, arms, runs] after each epoch; `moves`, as
+    `move` returns them, [MOST_TELEPORTS, arms, 2 batches, 2, 3, runs]; the weights; and which
+    networks `diverged` [arms, runs]: their curves are nan from then on, and their moves if that was
+    in the course of the moves. Raises UserError where plain SGD diverges.
     """
     given = {"data": data, "experiment": experiment}
 
@@ -348,8 +362,8 @@ def train(data, experiment, runs, path, settings):
         return to_state(weights, np.zeros((1, runs), bool))
 
     def teleported(state):
-        course = partial(begin_teleports, state), partial(teleport_once, **given), MOVES
-        with launch.progress_bar(MOVES, "teleport", TITLES[data.name]) as bar:
+        course = partial(begin_teleports, state), partial(teleport_once, **given), MOST_TELEPORTS
+        with launch.progress_bar(MOST_TELEPORTS, "teleport", TITLES[data.name]) as bar:
             return files.resume(path.with_stem(f"{path.stem}-teleports"), settings, *course, bar)
 
     def step(state):
@@ -370,11 +384,11 @@ def log(name, args):
     settings = dict(dataset=name, sample=args.sample, runs=args.runs, device=args.device.type)
     batches = [models.BATCH, TELEPORT_BATCH]
     settings |= dict(experiment=experiment, seed=models.SEED, batches=batches)
-    course = EPOCHS, TELEPORT_EPOCH, MOVES, PAIR, ARMS, PUBLISHED_SCALE, MAX_T_NORM
-    course += (models.DIVERGED_WEIGHT,)
+    course = EPOCHS, TELEPORT_EPOCH, MOST_TELEPORTS, ARMS, models.DIVERGED_WEIGHT
+    teleport = PAIR, SHARPNESS_STEPS, PUBLISHED_SCALE, MAX_T_NORM
     estimates = list(RADII[name]), ESTIMATION_BATCHES, ESTIMATION_BATCH
     measured = list(TELEPORT_RADII), MEASURED_DIRECTIONS, RESCALING_STEPS, RESCALING_LENGTH
-    settings |= dict(course=course, estimates=estimates, measured=measured)
+    settings |= dict(course=course, teleport=teleport, estimates=estimates, measured=measured)
     settings |= dict(activation=str(ACTIVATION), action=ACTION.act.__name__)
     folder = args.output / "logs" / "generalization"
     return experiment, folder / f"{name}{'-sample' * args.sample}-{args.runs}runs.npz", settings
@@ -421,23 +435,27 @@ def summarise(_, results):
     plain and to their control with the verdicts on the CLAIMS, how many networks of each arm
     diverged, how many others moved, and how all moves changed loss, φ and κ (medians).
     """
-    loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(ARMS)}
+    arms = list(results["arms"])
+    loss = {arm: results["test_loss"][:, i] for i, arm in enumerate(arms)}
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in EPOCHS_SHOWN}
-    pairs = [(arm, "plain") for arm in ARMS[1:]] + list(CONTROLS.items())
+    pairs = [(arm, "plain") for arm in arms[1:]]
+    pairs += [pair for pair in CONTROLS.items() if {*pair} <= {*arms}]
     differences = statistics.compare_arms(loss, pairs, EPOCHS_SHOWN)
     for (arm, _), after in zip(pairs, differences.values()):
         for difference in after.values() if arm in CLAIMS else ():
             little = LITTLE * plain[EPOCHS_SHOWN[-1]]
             difference["verdict"] = verdict(CLAIMS[arm], difference, little)
     moves = {}
-    for i, arm in enumerate(ARMS):
-        change = results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]  # [MOVES, 2, 3, runs]
+    for i, arm in enumerate(arms):
+        change = (
+            results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]
+        )  # [MOST_TELEPORTS, 2, 3, runs]
         own, fresh = np.nanmedian(change.sum(0), -1)  # [3] each: a few networks run away
         first = np.nanmedian(results["moves"][0, i, 0, 0], -1)
         changes = {"before": first, "change_on_their_batches": own, "on_fresh_batches": fresh}
-        moves[arm] = {key: dict(zip(QUANTITIES, values)) for key, values in changes.items()}
+        moves[arm] = {key: dict(zip(MEASURED, values)) for key, values in changes.items()}
         moves[arm]["networks"] = (np.abs(change[:, 0]) > 0).any((0, 1)).sum()
-    diverged = dict(zip(ARMS, results["diverged"].sum(1)))
+    diverged = dict(zip(arms, results["diverged"].sum(1)))
     return {"plain": plain, "differences": differences, "diverged": diverged, "moves": moves}
 
 
@@ -451,19 +469,20 @@ def table(summaries):
             *changes, networks = moves.values()
             cells = [f"{v:.3g}".replace("-", "−") for entry in changes for v in entry.values()]
             rows.append([f"{TITLES[name]}, {arm}", str(networks), *cells])
-    header = ["all moves of an arm, median", "networks moved", *(f"{q} before" for q in QUANTITIES)]
-    header += [f"change of {q}, {where}" for where in ("own batch", "fresh") for q in QUANTITIES]
+    header = ["all moves of an arm, median", "networks moved", *(f"{q} before" for q in MEASURED)]
+    header += [f"change of {q}, {where}" for where in ("own batch", "fresh") for q in MEASURED]
     return "\n".join([*tables, plots.markdown(header, rows)])
 
 
 # Figures
 
 
-def arms_of(quantity):
-    """Return {arm: colour} of those on a quantity, with plain before and the control after them."""
-    arms = [arm for arm in CLAIMS if arm.startswith(quantity)]
-    controls = [CONTROLS[arm] for arm in arms if arm in CONTROLS]
-    return dict(zip(["plain", *arms, *controls], COLOURS))
+def arms_of(quantity, results):
+    """Return {arm: (index, colour)} in results: plain, the arms on a quantity, their controls."""
+    names, chosen = list(results["arms"]), [arm for arm in CLAIMS if arm.startswith(quantity)]
+    chosen = ["plain", *chosen, *(CONTROLS[arm] for arm in chosen if arm in CONTROLS)]
+    coloured = zip(chosen, cycle(COLOURS))
+    return {arm: (names.index(arm), colour) for arm, colour in coloured if arm in names}
 
 
 def draw_quantities(name, results, path):
@@ -471,8 +490,8 @@ def draw_quantities(name, results, path):
     figure = Figure(figsize=(8.4, 3.4))
     for axes, ylabel in zip(figure.subplots(1, 2), ("sharpness φ", "curvature ψ")):
         quantity = ylabel.split()[0]
-        for arm, colour in arms_of(quantity).items():
-            values = np.nanmean(results[quantity][TELEPORT_EPOCH - 5 :, ARMS.index(arm)], 1)
+        for arm, (i, colour) in arms_of(quantity, results).items():
+            values = np.nanmean(results[quantity][TELEPORT_EPOCH - 5 :, i], 1)
             epochs = TELEPORT_EPOCH - 4 + np.arange(len(values))
             axes.plot(epochs, values, color=colour, label=arm)
         axes.axvline(TELEPORT_EPOCH, color="grey", lw=0.8, ls=":")
@@ -485,10 +504,9 @@ def draw_quantities(name, results, path):
 
 def draw(name, results, _, folder):
     """Draw Figure 4: a quantity's arms; and in the panel of differences rescalings and controls."""
-    for quantity in MEASURES:
+    for quantity in SYMBOLS:
         curves, loss = {}, results["test_loss"]
-        for arm, colour in arms_of(quantity).items():
-            i = ARMS.index(arm)
+        for arm, (i, colour) in arms_of(quantity, results).items():
             key = plots.arm_text(arm, results["diverged"][i].sum())
             curves[key] = colour, results["train_loss"][:, i], loss[:, i]
         course = TITLES[name], 1 + np.arange(EPOCHS), curves, loss[:, 0]

@@ -25,7 +25,12 @@ NONE = torch.zeros(len(script.ARMS), 2, dtype=bool)  # has diverged
 @contextlib.contextmanager
 def shorter_course():
     """15 epochs, two teleports in the 13th, few directions."""
-    settings = {"EPOCHS": 15, "TELEPORT_EPOCH": 12, "EPOCHS_SHOWN": (13, 14, 15), "MOVES": 2}
+    settings = {
+        "EPOCHS": 15,
+        "TELEPORT_EPOCH": 12,
+        "EPOCHS_SHOWN": (13, 14, 15),
+        "MOST_TELEPORTS": 2,
+    }
     settings |= {"ESTIMATION_BATCHES": 2, "TELEPORT_BATCH": 300}
     settings |= {"MEASURED_DIRECTIONS": 2, "RESCALING_STEPS": 2}
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +75,6 @@ def test_published_teleports():
         teleports = list(script.EXPERIMENTS[name].teleports.values())
         assert [t.lr for t in teleports] == list(rates)
         assert [t.number for t in teleports] == [10, 2, 5, 10 if name == "CIFAR10" else 5]
-        assert [t.steps for t in teleports] == [10, 10, 1, 1]
         assert [t.stop for t in teleports] == [4.0, 2.0, np.inf, np.inf]
     np.testing.assert_allclose(script.TELEPORT_RADII, np.arange(0.1, 0.95, 0.1))
     assert MNIST.directions == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
@@ -121,7 +125,7 @@ def test_a_move_is_what_the_log_says(short, trained):
     assert moves.shape == (len(script.ARMS), 2, 2, 3, 2)
     d = MNIST.training.widths[2]
     M = torch.rand(d, d, generator=torch.Generator().manual_seed(54321))
-    for b, k in enumerate((0, script.MOVES)):
+    for b, k in enumerate((0, script.MOST_TELEPORTS)):
         x, y = shuffled_batch(data, script.TELEPORT_BATCH, k)
         for i, arm in enumerate(script.ARMS):
             own = [w[i] for w in weights]
@@ -147,7 +151,7 @@ def test_rescaled_arms_go_where_their_partners_are(short, trained, monkeypatch):
         torch.testing.assert_close(
             forward(own, data.x_test.T, LeakyReLU()), expected, rtol=1e-4, atol=1e-4
         )
-        measure = script.QUANTITIES.index(script.MEASURES[arm.split()[0]])
+        measure = script.MEASURED.index(script.SYMBOLS[arm.split()[0]])
         start, partner = moves[arm][0, :, measure]
         reached = moves[rescaled][0, 1, measure]
         assert ((reached - start) * (partner - start) > 0).all(), rescaled  # the same direction
@@ -293,7 +297,7 @@ def test_the_summary_says_what_made_up_results_say():
     """Arm i is i above plain; each move raises loss, φ and κ by 1, 2, 3, on fresh batches half."""
     arms, runs = len(script.ARMS), 3
     loss = 10 + np.arange(arms)[:, None] + 0.1 * np.arange(runs)
-    moves = np.zeros((script.MOVES, arms, 2, 2, 3, runs))
+    moves = np.zeros((script.MOST_TELEPORTS, arms, 2, 2, 3, runs))
     moves[:, :, :, 0] = np.array([5, 6, 7])[:, None]
     for batch, share in enumerate((1, 0.5)):
         moves[:, :, batch, 1] = moves[:, :, batch, 0] + share * np.array([1, 2, 3])[:, None]
