@@ -167,7 +167,7 @@ def rescale_to_extremes(weights, x, y, radii, sphere):
     generators = [torch.stack(Ms).to(x) for Ms in generators]
     q, x = torch.linalg.qr(x)  # as in `estimate`
     directions[0] = directions[0] @ q
-    below = [torch.stack([w, w]) for w in (weights[0] @ q, *weights[1:])]
+    twice = [torch.stack([w, w]) for w in (weights[0] @ q, *weights[1:])]  # to descend, to ascend
 
     def phi(weights):
         return sharpness(weights, x, y, directions, ACTIVATION)
@@ -178,10 +178,11 @@ def rescale_to_extremes(weights, x, y, radii, sphere):
         return curvature(*curve_derivatives(lists, x[:n, :n], generators, ACTIVATION)).mean(-1)
 
     ends = torch.tensor([[-torch.inf], [torch.inf]])
-    how = x, RESCALING_LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
-    moved = [ascend_to(ends, objective, below, *how)[0] for objective in (phi, psi)]
+    limits = {"length": RESCALING_LENGTH, "steps": RESCALING_STEPS}
+    limits |= {"activation": ACTIVATION, "action": RESCALING}
+    moved = [ascend_to(ends, objective, twice, x, **limits)[0] for objective in (phi, psi)]
     moved = [torch.cat(layer) for layer in zip(*moved)]
-    scale = moved[0].norm(dim=-1) / torch.cat([below[0], below[0]]).norm(dim=-1)
+    scale = moved[0].norm(dim=-1) / torch.cat([twice[0], twice[0]]).norm(dim=-1)
     return [scale.unsqueeze(-1) * weights[0], *moved[1:]]
 
 
@@ -324,7 +325,8 @@ def across_radii(results):
 def at_constant_function(results):
     """Return how far rescalings move φ − L and ψ: {quantity: {low, start, high: [RESCALED], …}}.
 
-    `spread` is the least and the greatest of all networks, and `inside` the share of them that lies
+    `change_of_loss` is the largest relative change of L, which rounding makes. `spread` is the
+    least and the greatest of all networks, and `inside` the share of them that lies
     inside each one's range. Changes (of ψ: factors) are measured on RESCALED_BATCHES batches.
     """
     moved = {key: results[f"rescaled_{key}"].astype(float) for key in ESTIMATES}

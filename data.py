@@ -1,6 +1,6 @@
 """MNIST, Fashion-MNIST and CIFAR-10 as tensors, and the small sample that ships with the code.
 
-    python data.py                  # fetches all three into data/, as every script does (300 MB)
+    python data.py                  # fetches all three into data/ (300 MB)
     python data.py MNIST            # one of them
     python data.py --make-sample    # makes sample/ again
 
@@ -30,7 +30,7 @@ from experiment.launch import run
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image  # comes with matplotlib
 from tqdm import tqdm
 
 DATA = ROOT / "data"

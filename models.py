@@ -22,7 +22,7 @@ torch.set_flush_denormal(True)
 BATCH = 20  # images in a mini-batch
 BLOCK = 10  # mini-batches whose products with the first layer are one matrix product
 SEED = 54321
-DIVERGED_WEIGHT = 1e6  # weight of a network that has not diverged
+DIVERGED_WEIGHT = 1e6  # a network with a larger weight has diverged
 
 
 class Training(NamedTuple):

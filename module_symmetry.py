@@ -240,7 +240,7 @@ def check_symmetry(model, symmetry, inputs):
 
 
 def gradient_norm(model, loss, inputs, targets):
-    """Return the objective |∇L|² of the parameters, over those of them that require gradients.
+    """Return |∇L|² as an objective, a function of the parameters, over those that are trained.
 
     loss(outputs, targets) returns a number, as nn.CrossEntropyLoss does.
     """
@@ -358,7 +358,7 @@ def moved_state(optimizer, model, symmetry, elements):
 
 
 def is_like(value, parameter):
-    """Return whether a value of an optimizer's state belongs to a parameter's entries."""
+    """Return whether a value of an optimizer's state has an entry for each of a parameter's."""
     return isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.dim() > 0
 
 

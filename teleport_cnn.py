@@ -4,7 +4,7 @@
     python teleport_cnn.py --sample    # the same on the shipped sample
 
 SGD and Adam train a convolutional network with biases and batch norm at their best learning rates
-of a short grid, chosen by plain training of other seeds on validation images. There are three arms:
+of a short grid, chosen on validation images in plain runs of other seeds. There are three arms:
 
     plain       no teleports
     teleport    before the first mini-batches of one epoch, rescalings to a larger gradient, with
@@ -177,7 +177,7 @@ def collect(optimizer, args):
     """Return an optimizer's settings, arrays and log.
 
     The arrays are `loss` on test images [epochs, arms, runs], `growth` of |∇L|² in each teleport
-    [TELEPORTS, arms, runs], `seconds` of all of a run's [arms, runs], and the `grid`.
+    [TELEPORTS, arms, runs], `seconds` of all teleports of a run [arms, runs], and the `grid`.
     """
     losses = grid(optimizer, args)
     path, settings, plan = log("arms", optimizer, best_lr(losses, optimizer), args)

@@ -104,8 +104,8 @@ class Study(NamedTuple):
 
 TELEPORT, DOUBLING = ("teleport", STEPS), ("rescale", 2)
 BOTH = "published", "best"
-EVERY = tuple(range(1000))  # epoch
-PUBLISHED = {
+EVERY = tuple(range(1000))  # indices of more epochs than are trained
+PUBLISHED = {  # Figures 5 and 13: plain and teleport are the paper's, the others are controls
     "plain": Arm(),
     "kept": Arm(TELEPORT),
     "teleport": Arm(TELEPORT, renewed=True),
@@ -197,11 +197,12 @@ def rescale(weights, factor, at):
     """Return weights rescaled so far that TELEPORTS such moves multiply |∇L|² by a factor."""
     objective = partial(gradient_norm_squared, x=at.x, y=at.y, activation=ACTIVATION)
     target = factor ** (1 / TELEPORTS) * objective(weights)
-    how = at.x, LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
-    return ascend_to(target, objective, weights, *how)[0]
+    limits = {"length": LENGTH, "steps": RESCALING_STEPS}
+    limits |= {"activation": ACTIVATION, "action": RESCALING}
+    return ascend_to(target, objective, weights, at.x, **limits)[0]
 
 
-MOVES = {  # (weights, amount, Moment) -> new weights; "the teleport" is that of an arm above
+MOVES = {  # (weights, amount, Moment) -> new weights; "the teleport" is the Moment's reference
     "stay": lambda weights, *_: weights,
     "random": random_move,
     "level set": climb,
@@ -216,8 +217,8 @@ def move_arm(arm, weights, at):
     name, amount = arm.move
     if name != "teleport":
         return MOVES[name](weights, amount, at), at.reference
-    how = at.lr, amount, ACTIVATION, CAP
-    new, path = teleport(weights, at.x, at.y, *how, return_path=True, action=ACTION)
+    limits = {"lr": at.lr, "steps": amount, "cap": CAP, "action": ACTION}
+    new, path = teleport(weights, at.x, at.y, activation=ACTIVATION, return_path=True, **limits)
     way = [a - b for a, b in zip(new, weights)]
     return new, Reference(path["group_elements"], inner_product(way, way).sqrt())
 
@@ -604,7 +605,9 @@ def draw_rates(part, results, summary, folder):
     for axes, epoch in zip(figure.subplots(1, len(epochs), squeeze=False)[0], epochs):
         for i, arm in enumerate(results["arms"]):
             values = np.stack([r.arrays["test_loss"][epoch - 1, i] for r in found.values()])
-            plots.plot_mean(axes, rates, values, color=PALETTE[i], marker="osD"[i], ms=4, label=arm)
+            plots.plot_mean(
+                axes, rates, values, color=PALETTE[i % 8], marker="osD^vPX*"[i % 8], ms=4, label=arm
+            )
         axes.set(xlabel="learning rate", ylabel="test loss", xscale="log")
         axes.set_title(f"{TITLES[dataset]}, {optimizer}, epoch {epoch}")
         plots.plain_log_axis(axes, "y")
@@ -634,15 +637,18 @@ def check_study(study):
     if first != "plain" or study.primary not in others:
         sentence = f"plain first, and its primary, {study.primary!r}, among {', '.join(others)}"
         raise files.UserError(f"a study needs {sentence}.")
-    known, teleported = [*MOVES, "teleport"], False
+    known, teleported = [*MOVES, "teleport"], []
     for name, arm in study.arms.items():
         move, *amount = arm.move or ("stay", 0)
         if " − " in name or move not in known or len(amount) != 1:
             sentence = f'a name without " − ", and (move, amount) with a move of {", ".join(known)}'
             raise files.UserError(f"the arm {name!r} needs {sentence}.")
-        teleported |= move == "teleport"
-        if move in ("random", "level set", "gradient step") and not teleported:
-            raise files.UserError(f"the arm {name!r} needs one above it that teleports.")
+        teleported += [arm[1:]] * (move == "teleport")
+        if move in ("random", "level set", "gradient step") and arm[1:] not in teleported:
+            sentence = (
+                "one above it that teleports at the same moments, both of them renewed or neither"
+            )
+            raise files.UserError(f"the arm {name!r} needs {sentence}.")
 
 
 def main():

@@ -5,10 +5,12 @@ sample; leading dimensions are runs.
 
     in the paper                                here
     sharpness φ, Eq. 4                          sharpness
-    curvature κ; ψ, Eq. 5                       curvature; its mean over M and batches by estimate
+    curvature κ                                 curvature
+    its mean ψ, Eq. 5                           estimate, for one M and one batch
     γ' and γ'', Eqs. 57, 60                     curve_derivatives
     the two group actions                       group_action, inverse_group_action
-    teleports to a larger gradient              teleport
+    the second to first order, Figure 6         inverse_group_action_first_order
+    teleports to a larger |∇L|²                 teleport
     to another sharpness or curvature           teleport_sharpness, teleport_curvature
 """
 
@@ -210,7 +212,7 @@ def gradient_norm_squared(weights, x, y, activation):
 def value_and_gradient(objective, weights):
     """Return objective(weights): [...], and its gradient, a list like them, both as constants.
 
-    An objective that has an attribute of this name is asked itself.
+    An objective that has an attribute `value_and_gradient` computes both itself.
     """
     if hasattr(objective, "value_and_gradient"):
         return objective.value_and_gradient(weights)
@@ -398,8 +400,8 @@ def random_generators(widths, rng):
 def perturbed(weights, z, x, directions):
     """Yield the networks at w + d_k, as many at a time as fit the cache.
 
-    z: W_0 X of the networks themselves, which many calls can share. Each time those are the layers
-    above the first, and the pre-activations W_0 X. Shapes are those of `sharpness`.
+    Yields the layers above the first, and the pre-activations W_0 X, of some of these networks at a
+    time. z: W_0 X at w, which many calls can share. Shapes are those of `sharpness`.
     """
     z, dz = z.unsqueeze(-3), directions[0] @ x
     chunk = max(1, CHUNK // z.numel())
@@ -535,7 +537,7 @@ def curvature_along(weights, x, generator, layer, activation, action=PSEUDOINVER
     The action of g moves V = W_layer and U = W_{layer+1} alone. generator: M [..., d, d], of which
     what the action allows is used; x: [d_0, n]. κ is nan where the curve stands still, dκ/dt where
     it is straight, too. Raises ValueError where inputs do not fit, and for the pseudoinverse action
-    where n < d: it needs hidden activations a = σ(Vh) of full row rank.
+    where n < d: it needs hidden activations σ(Vh) of full row rank.
     """
     check_batch(weights, x)
     check_square(weights, layer, generator)

@@ -58,15 +58,16 @@ def plot_mean(axes, x, values, **style):
 def draw_losses(path, curves, **labels):
     """Draw the losses of methods against x, on logarithmic axes but for epochs.
 
-    curves: {method: (x, loss)}, loss: [steps, runs]. Means over the runs that are finite, with a
-    band of a standard deviation that is cut at the lowest loss; where x is of runs, too, the means.
+    curves: {method: (x, loss)}, loss: [steps, runs]. Where x is [steps], the mean over the finite
+    runs is drawn, with a band of a standard deviation that is cut at the lowest loss; where x is
+    [steps, runs], the means of both.
     """
     axes = Figure(figsize=(5.2, 3.8)).add_subplot(**labels)
     colours = BLACK, GREY, SKY, GREEN, ORANGE, PURPLE, RED
     for k, (method, (x, loss)) in enumerate(curves.items()):
         kept = np.isfinite(loss).all(0)
         label = method if kept.all() else f"{method}, {(~kept).sum()} of {kept.size} not finite"
-        style = {"color": colours[k], "ls": "-" if k % 2 else "--", "label": label}
+        style = {"color": colours[k % len(colours)], "ls": "-" if k % 2 else "--", "label": label}
         mean, deviation = loss[:, kept].mean(1, float), loss[:, kept].std(1, float)
         if x.ndim > 1:
             axes.plot(x[:, kept].mean(1, float), mean, marker=".", lw=1, **style)

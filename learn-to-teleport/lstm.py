@@ -44,10 +44,10 @@ class LSTM(nn.Module):
         x, outputs, new_state = self.scale(x), {}, []
         for cell, (h, c) in zip(self.cells, state):
             x = x.detach()  # `backward` goes on from here
-            gates = cell.bias_ih[None].detach().requires_grad_(self.training)
+            bias = cell.bias_ih[None].detach().requires_grad_(self.training)  # at the gates
             W = cell.weight_ih, cell.weight_hh
-            new_state.append(torch.lstm_cell(x, (h, c), *W, gates, cell.bias_hh))
-            self.tape[cell] += [(gates, (x, h), new_state[-1][0])] * self.training
+            new_state.append(torch.lstm_cell(x, (h, c), *W, bias, cell.bias_hh))
+            self.tape[cell] += [(bias, (x, h), new_state[-1][0])] * self.training
             x = new_state[-1][0]
         for name, readout in zip(self.names, self.readouts):
             y = readout(x.detach()).requires_grad_(self.training)

@@ -78,7 +78,10 @@ def tune_gradient_descent():
 
 
 def test(name, optimizer):
-    """Return a method's loss [STEPS, TEST_SEEDS] and |∇L|² of the published; optimizer(problem)."""
+    """Return a method's loss [STEPS, TEST_SEEDS], and |∇L|² on the published five problems.
+
+    optimizer(problem) returns what `rollout` takes.
+    """
     problem = draw_problem(TEST_SEEDS)
     loss, norm = rollout(optimizer(problem), problem, STEPS[-1])
     return {f"{name}: {key}": curves for key, curves in zip(KEYS, (loss[STEPS], norm[STEPS, :5]))}
@@ -99,8 +102,9 @@ def train(methods, initialisation, path, settings, bar):
         n, curves = int(state["steps"]), {key: state[key] for key in state if ": " in key}
         loss = train_trajectory(lstms, adam, draw_problem(TRAINING_SEEDS[n]), method.steps)
         warn_if_not_finite(f"{path.stem}: the loss in training", loss)
-        for name in [name for name, m in methods.items() if m.trajectories == n + 1]:
-            curves |= test(name, partial(Learned, lstms.eval()))
+        for name, m in methods.items():
+            if m.trajectories == n + 1:
+                curves |= test(name, partial(Learned, lstms.eval()))
         end = n + 1 == method.trajectories
         return lstms.state_dict() | curves | ({} if end else optimizer_to_arrays(adam))
 
@@ -130,7 +134,11 @@ def compute(args):
 
 
 def collect(_, args):
-    """Return settings, what `test` returns, [initialisations, ...], with the times, and a log."""
+    """Return settings, results, and a log.
+
+    The results are what `test` returns, with initialisations as the first dimension, the seconds of
+    a step of each method, and the step size of GD (tuned).
+    """
     listed, lr, one = tasks(args), tune_gradient_descent(), draw_problem(SEED)
     optimizers = {"GD": gradient_descent(GD_LR), "GD (tuned)": gradient_descent(lr)}
     found = {name: [test(name, lambda _, gd=gd: gd)] for name, gd in optimizers.items()}

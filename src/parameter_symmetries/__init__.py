@@ -5,8 +5,8 @@ numbers to zero, as importing `models` does.
 
     from parameter_symmetries.module_symmetry import symmetry_of, teleport_module
 
-The core's modules import each other as `models` and `teleportation`. Other projects have modules of
-these names, so they are only lent: after this import sys.modules has what it had before.
+The core's modules import each other as `models` and `teleportation`. Another project may have
+modules of these names, so ours have them during this import alone: then sys.modules is as it was.
 """
 
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 CORE = "models", "teleportation", "module_symmetry"  # each after those that it imports
 
-lent = {name: sys.modules.pop(name) for name in CORE if name in sys.modules}
+others = {name: sys.modules.pop(name) for name in CORE if name in sys.modules}
 try:
     for name in CORE:
         path = Path(__file__).resolve().parents[2] / f"{name}.py"
@@ -29,4 +29,4 @@ try:
 finally:
     for name in CORE:
         sys.modules.pop(name, None)
-    sys.modules |= lent
+    sys.modules |= others
