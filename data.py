@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 DATA = ROOT / "data"
 SAMPLE = ROOT / "sample"
+# of the datasets, whose names have no "_"
 TITLES = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST", "CIFAR10": "CIFAR-10"}
 PATHS = {
     "MNIST": "MNIST/raw/{}-ubyte",
