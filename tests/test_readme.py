@@ -197,13 +197,28 @@ def test_claims_of_the_readme_follow_from_the_summaries():
         last = {pair.removesuffix(" − plain"): d for pair, d in last.items() if "− plain" in pair}
         assert all(d["high"] > 0 for d in last.values())  # none lowers the test loss
         lasting[name] = {arm for arm, d in last.items() if d["low"] > 0}
+    assert all("curvature decrease, rescaled" in arms for arms in lasting.values())
     sharper, flatter = (f"sharpness {way}, rescaled" for way in ("increase", "decrease"))
-    assert lasting["CIFAR10"] == set()
+    assert lasting["CIFAR10"] == {"curvature decrease, rescaled"}
     assert sharper in lasting["MNIST"] & lasting["FashionMNIST"]
     assert flatter in lasting["FashionMNIST"] - lasting["MNIST"]
+    for entry in summary("generalization").values():  # in the end no arm differs from its control
+        differences = entry["differences"].items()
+        controlled = [after for pair, after in differences if not pair.endswith("− plain")]
+        assert len(controlled) == 4
+        assert all(after["40"]["low"] < 0 < after["40"]["high"] for after in controlled)
+    for name in ("MNIST", "FashionMNIST"):  # more sharpness does harm for five epochs
+        differences = summary("generalization")[name]["differences"]
+        assert differences["sharpness increase, rescaled − random rescaling"]["25"]["low"] > 0
+        random = "random rescaling (curvature)"
+        assert differences[f"{random} − plain"]["40"]["low"] > 0
+        for epoch in ("21", "25", "40"):
+            d = differences[f"curvature increase, rescaled − {random}"][epoch]
+            assert d["low"] < 0 < d["high"]
     once = summary("generalization")["CIFAR10"]["differences"]
     for arm in ("sharpness decrease", "sharpness increase", "curvature decrease", "random"):
         assert once[f"{arm} − plain"]["21"]["low"] > 0
+        assert once[f"{arm} − plain"]["25"]["low"] < 0
 
 
 def test_the_best_learning_rates_are_those_of_the_study():
