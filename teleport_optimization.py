@@ -437,9 +437,9 @@ def summarise_arm(i, results):
     """Return what summary.json says of the i-th arm: how it ends, what its moves do and cost."""
     own, plain = results["test_loss"][:, i], results["test_loss"][:, 0]
     training = results["train_loss"][-1]
-    moves, at_once = results["moves"][:, i, :4], results["moves"][:1, i, 4:]
+    moves = results["moves"][:, i]
     moves = moves[~np.isnan(moves[:, 0]).all(-1)]
-    before_loss, before_norm, after_loss, after_norm = moves.swapaxes(0, 1)
+    before_loss, before_norm, after_loss, after_norm, at_once = moves.swapaxes(0, 1)
     factor = after_norm / before_norm
     made = np.where(np.isnan(factor), np.nan, factor != 1)  # above the CAP runs stay
     return {
@@ -469,8 +469,7 @@ def summarise(part, results):
     pairs += [("teleport", "reset")] * ({"teleport", "reset"} <= set(names))
     plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in epochs}
     differences = statistics.compare_arms(loss, pairs, epochs)
-    if (primary := str(results.get("primary"))) in differences:
-        differences[primary][epochs[-1]]["verdict"] = "(primary)"
+    differences[str(results["primary"])][epochs[-1]]["verdict"] = "(primary)"
     arms = {arm: summarise_arm(i, results) for i, arm in enumerate(names)}
     lr = experiment_of(part)[2].lr
     return {"lr": lr, "plain": plain, "differences": differences, "arms": arms}
