@@ -50,9 +50,11 @@ def is_left_over(part):
         return False
     try:
         os.kill(int(process), 0)  # sends nothing
-        return False
-    except OSError as error:
-        return isinstance(error, ProcessLookupError)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError, OverflowError):  # another user's, or not one of ours
+        pass
+    return False
 
 
 @contextlib.contextmanager

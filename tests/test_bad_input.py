@@ -323,6 +323,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_kept(tmp_pat
     dead.wait()
     left = tmp_path / f"{mine}{dead.pid}.0.part"
     kept = [tmp_path / f"{mine}{os.getpid()}.0.part", tmp_path / "a.npz.elsewhere.1.0.part"]
+    kept += [tmp_path / f"{mine}draft.0.part", tmp_path / f"{mine}{10**30}.0.part"]  # not ours
     for part in (left, *kept):
         part.touch()
     files.save(path, {}, {"a": np.ones(1)})
