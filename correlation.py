@@ -178,10 +178,12 @@ def rescale_to_extremes(weights, x, y, radii, sphere):
         return curvature(*curve_derivatives(lists, x[:n, :n], generators, ACTIVATION)).mean(-1)
 
     ends = torch.tensor([[-torch.inf], [torch.inf]])
-    limits = {"length": RESCALING_LENGTH, "steps": RESCALING_STEPS}
-    limits |= {"activation": ACTIVATION, "action": RESCALING}
-    moved = [ascend_to(ends, objective, twice, x, **limits)[0] for objective in (phi, psi)]
-    moved = [torch.cat(layer) for layer in zip(*moved)]
+
+    def rescaled(objective):
+        limits = RESCALING_LENGTH, RESCALING_STEPS
+        return ascend_to(ends, objective, twice, x, *limits, ACTIVATION, RESCALING)[0]
+
+    moved = [torch.cat(layers) for layers in zip(rescaled(phi), rescaled(psi))]
     scale = moved[0].norm(dim=-1) / torch.cat([twice[0], twice[0]]).norm(dim=-1)
     return [scale.unsqueeze(-1) * weights[0], *moved[1:]]
 
@@ -325,9 +327,9 @@ def across_radii(results):
 def at_constant_function(results):
     """Return how far rescalings move φ − L and ψ: {quantity: {low, start, high: [RESCALED], …}}.
 
-    `change_of_loss` is the largest relative change of L, which rounding makes. `spread` is the
-    least and the greatest of all networks, and `inside` the share of them that lies
-    inside each one's range. Changes (of ψ: factors) are measured on RESCALED_BATCHES batches.
+    `change_of_loss` is the largest relative change of L, by rounding. `spread` is the least and the
+    greatest of all networks, and `inside` the share of them that lies inside each one's range.
+    Changes (of ψ: factors) are measured on RESCALED_BATCHES batches.
     """
     moved = {key: results[f"rescaled_{key}"].astype(float) for key in ESTIMATES}
     moved["excess"] = moved["sharpness"] - moved["batch_loss"]

@@ -197,9 +197,10 @@ def rescale(weights, factor, at):
     """Return weights rescaled so far that TELEPORTS such moves multiply |∇L|² by a factor."""
     objective = partial(gradient_norm_squared, x=at.x, y=at.y, activation=ACTIVATION)
     target = factor ** (1 / TELEPORTS) * objective(weights)
-    limits = {"length": LENGTH, "steps": RESCALING_STEPS}
-    limits |= {"activation": ACTIVATION, "action": RESCALING}
-    return ascend_to(target, objective, weights, at.x, **limits)[0]
+    rescaled, _ = ascend_to(
+        target, objective, weights, at.x, LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
+    )
+    return rescaled
 
 
 MOVES = {  # (weights, amount, Moment) -> new weights; "the teleport" is the Moment's reference
@@ -217,8 +218,9 @@ def move_arm(arm, weights, at):
     name, amount = arm.move
     if name != "teleport":
         return MOVES[name](weights, amount, at), at.reference
-    limits = {"lr": at.lr, "steps": amount, "cap": CAP, "action": ACTION}
-    new, path = teleport(weights, at.x, at.y, activation=ACTIVATION, return_path=True, **limits)
+    new, path = teleport(
+        weights, at.x, at.y, at.lr, amount, ACTIVATION, CAP, return_path=True, action=ACTION
+    )
     way = [a - b for a, b in zip(new, weights)]
     return new, Reference(path["group_elements"], inner_product(way, way).sqrt())
 
@@ -377,9 +379,9 @@ def compute(args):
     parts = parts_of(study, args.dataset, args.optimizer)
     units = [(part, stack) for part in parts for stack in stacks_of(study)]
     for part, stack in launch.share_of_rank(units):
-        given = data, experiment_of(part)[2], stack, args.runs, args.epochs, *log(part, stack, args)
+        experiment, (path, settings) = experiment_of(part)[2], log(part, stack, args)
         with launch.progress_bar(args.epochs, "epoch", f"{title(part)}: {', '.join(stack)}") as bar:
-            train_stack(*given, bar)
+            train_stack(data, experiment, stack, args.runs, args.epochs, path, settings, bar)
 
 
 def collect(part, args):
@@ -604,9 +606,8 @@ def draw_rates(part, results, summary, folder):
     for axes, epoch in zip(figure.subplots(1, len(epochs), squeeze=False)[0], epochs):
         for i, arm in enumerate(results["arms"]):
             values = np.stack([r.arrays["test_loss"][epoch - 1, i] for r in found.values()])
-            plots.plot_mean(
-                axes, rates, values, color=PALETTE[i % 8], marker="osD^vPX*"[i % 8], ms=4, label=arm
-            )
+            style = {"color": PALETTE[i % 8], "marker": plots.MARKERS[i % 8], "ms": 4}
+            plots.plot_mean(axes, rates, values, label=arm, **style)
         axes.set(xlabel="learning rate", ylabel="test loss", xscale="log")
         axes.set_title(f"{TITLES[dataset]}, {optimizer}, epoch {epoch}")
         plots.plain_log_axis(axes, "y")
@@ -644,9 +645,7 @@ def check_study(study):
             raise files.UserError(f"the arm {name!r} needs {sentence}.")
         teleported += [arm[1:]] * (move == "teleport")
         if move in ("random", "level set", "gradient step") and arm[1:] not in teleported:
-            sentence = (
-                "one above it that teleports at the same moments, both of them renewed or neither"
-            )
+            sentence = "one above it that teleports at the same moments, both renewed or neither"
             raise files.UserError(f"the arm {name!r} needs {sentence}.")
 
 

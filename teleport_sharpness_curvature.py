@@ -172,9 +172,10 @@ def rescale_to(weights, x, measure, targets):
     Their functions are kept. A network whose target is not finite stays as it is.
     """
     targets = targets.masked_fill(~targets.isfinite(), math.nan)  # infinity is a target, too
-    limits = {"length": RESCALING_LENGTH, "steps": RESCALING_STEPS}
-    limits |= {"activation": ACTIVATION, "action": RESCALING}
-    return ascend_to(targets, measure, weights, x, **limits)[0]
+    rescaled, _ = ascend_to(
+        targets, measure, weights, x, RESCALING_LENGTH, RESCALING_STEPS, ACTIVATION, RESCALING
+    )
+    return rescaled
 
 
 def teleport_pair(weights, x, y, experiment, quantity, k, M):
@@ -207,8 +208,9 @@ def teleport_pair(weights, x, y, experiment, quantity, k, M):
         )
         elements = path["group_elements"]
     else:
-        limits = {"layer": PAIR, "max_norm": experiment.max_tm_norm, "action": ACTION}
-        new, g = teleport_curvature(stack, x, lr, [M], ACTIVATION, **limits)
+        new, g = teleport_curvature(
+            stack, x, lr, [M], ACTIVATION, PAIR, experiment.max_tm_norm, ACTION
+        )
         elements = [torch.eye(w.shape[-2]).to(w).expand(*w.shape[:2], -1, -1) for w in stack[:-1]]
         elements[PAIR] = g
     return [{arm: [t[i] for t in ts] for i, arm in enumerate(arms)} for ts in (new, elements)]
@@ -447,14 +449,13 @@ def summarise(_, results):
             difference["verdict"] = verdict(CLAIMS[arm], difference, little)
     moves = {}
     for i, arm in enumerate(arms):
-        change = (
-            results["moves"][:, i, :, 1] - results["moves"][:, i, :, 0]
-        )  # [MOST_TELEPORTS, 2, 3, runs]
-        own, fresh = np.nanmedian(change.sum(0), -1)  # [3] each: a few networks run away
-        first = np.nanmedian(results["moves"][0, i, 0, 0], -1)
+        before, after = results["moves"][:, i].swapaxes(0, 2)  # [2 batches, moves, 3, runs] each
+        change = after - before
+        own, fresh = np.nanmedian(change.sum(1), -1)  # [3] each: a few networks run away
+        first = np.nanmedian(before[0, 0], -1)
         changes = {"before": first, "change_on_their_batches": own, "on_fresh_batches": fresh}
         moves[arm] = {key: dict(zip(MEASURED, values)) for key, values in changes.items()}
-        moves[arm]["networks"] = (np.abs(change[:, 0]) > 0).any((0, 1)).sum()
+        moves[arm]["networks"] = (np.abs(change[0]) > 0).any((0, 1)).sum()
     diverged = dict(zip(arms, results["diverged"].sum(1)))
     return {"plain": plain, "differences": differences, "diverged": diverged, "moves": moves}
 

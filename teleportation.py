@@ -400,8 +400,8 @@ def random_generators(widths, rng):
 def perturbed(weights, z, x, directions):
     """Yield the networks at w + d_k, as many at a time as fit the cache.
 
-    Yields the layers above the first, and the pre-activations W_0 X, of some of these networks at a
-    time. z: W_0 X at w, which many calls can share. Shapes are those of `sharpness`.
+    They are given by the layers above the first and the pre-activations W_0 X. z: W_0 X at w, which
+    many calls can share. Shapes are those of `sharpness`.
     """
     z, dz = z.unsqueeze(-3), directions[0] @ x
     chunk = max(1, CHUNK // z.numel())

@@ -12,6 +12,7 @@ from .statistics import paired_difference
 # told apart by the colour-blind (Okabe and Ito)
 BLACK, ORANGE, SKY, GREEN = "black", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#808080"
+MARKERS = "osD^vPX*"  # since colours alone are lost in grey
 
 
 def save_figure(figure, path):
@@ -88,8 +89,7 @@ def draw_arms(path, title, epochs, arms, reference, controls=(), xlim=None):
     figure = Figure(figsize=(8.4, 3.4))
     losses, differences = figure.subplots(1, 2)
     for i, (label, (color, train_loss, test_loss)) in enumerate(arms.items()):
-        # markers, since colours alone are lost in grey
-        style = {"color": color, "marker": "osD^vPX*"[i % 8], "ms": 4, "markevery": (i, 6)}
+        style = {"color": color, "marker": MARKERS[i % 8], "ms": 4, "markevery": (i, 6)}
         difference = paired_difference(test_loss, reference)
         plot_with_band(differences, epochs, **difference, label=label, **style)
         if label not in controls:

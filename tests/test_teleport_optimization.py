@@ -186,8 +186,8 @@ def test_the_table_says_what_made_up_results_say():
     for a, b in (name.split(" − ") for name in summary["differences"]):
         gap = ARMS.index(b) - ARMS.index(a)
         for difference in summary["differences"][f"{a} − {b}"].values():
-            values = [difference[key] for key in ("mean", "low", "high")]
-            assert values == pytest.approx([gap] * 3)
+            found = {key: value for key, value in difference.items() if key != "verdict"}
+            assert found == pytest.approx({"mean": gap, "low": gap, "high": gap})
     for i, arm in enumerate(ARMS):
         # plain ends at 5; arm i is there i epochs earlier
         entry = summary["arms"][arm]
@@ -293,12 +293,14 @@ def test_studies_can_be_trained_and_reported():
     plain, good = script.STUDIES["published"], script.STUDIES["lr"]
     misspelt = good.arms | {"kept": script.Arm(("teleprt", 1))}
     alone = {"plain": script.Arm(), "random": script.Arm(("random", 0))}
+    later = plain.arms | {"later": script.Arm(("random", 0), epochs=(5,))}
     for study, sentence in (
         (plain._replace(primary="teleprt"), "its primary, 'teleprt', among kept, teleport"),
         (good._replace(arms=misspelt), "'kept' needs .* a move of stay, random"),
         (good._replace(arms={"none": script.Arm()}), "needs plain first"),
         (good._replace(arms=good.arms | {"a − b": script.Arm()}), "'a − b' needs a name without"),
         (good._replace(arms=alone, primary="random"), "'random' needs one above it"),
+        (plain._replace(arms=later), "'later' needs one above it that teleports at the same"),
     ):
         with pytest.raises(files.UserError, match=sentence):
             script.check_study(study)

@@ -76,6 +76,7 @@ def test_published_teleports():
         assert [t.lr for t in teleports] == list(rates)
         assert [t.number for t in teleports] == [10, 2, 5, 10 if name == "CIFAR10" else 5]
         assert [t.stop for t in teleports] == [4.0, 2.0, np.inf, np.inf]
+    assert script.SHARPNESS_STEPS == 10
     np.testing.assert_allclose(script.TELEPORT_RADII, np.arange(0.1, 0.95, 0.1))
     assert MNIST.directions == 100 and (script.EPOCHS, script.TELEPORT_EPOCH) == (40, 20)
 
@@ -344,3 +345,17 @@ def test_the_summary_says_what_made_up_results_say():
     assert "| MNIST, refit | 3 | 5 | 6 | 7 | 10 | 20 | 30 | 5 | 10 | 15 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| MNIST, ")]
     assert len(rows) == arms - 1  # plain does not move
+
+
+def test_results_of_fewer_arms_are_reported():
+    """Shipped results may be of fewer arms than the code has: their controls may be missing."""
+    arms = script.ARMS[:5]
+    results = {
+        "arms": arms,
+        "test_loss": np.ones((40, 5, 3)),
+        "moves": np.zeros((script.MOST_TELEPORTS, 5, 2, 2, 3, 3)),
+        "diverged": np.zeros((5, 3), bool),
+    }
+    summary = script.summarise("MNIST", results)
+    assert list(summary["differences"]) == [f"{arm} − plain" for arm in arms[1:]]
+    assert list(script.arms_of("sharpness", results)) == list(arms[:3])
