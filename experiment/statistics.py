@@ -67,39 +67,3 @@ def holm(p):
     order = p.argsort()
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return adjusted[order.argsort()]
-
-
-def median_of_few(values, reference=None):
-    """Return the median of values: [runs], with its exact interval, that of the sign test.
-
-    With `reference`, also the sign test's p-value of a median `reference`. Infinite values count as
-    larger than all others; of fewer than six runs the interval is nan.
-    """
-    low, high = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
-    found = {"median": np.median(values), "low": low, "high": high}
-    if reference is not None:
-        found["p"] = stats.quantile_test(values, q=reference, p=0.5).pvalue
-    return found
-
-
-def compare_ratios(a, b, failed, little=0.01):
-    """Return a / b of the losses of two methods, a, b: [runs, trials], paired, and which is lower.
-
-    The ratio `of_each` run is the median over its trials; the verdict is the sign test's over runs,
-    or that the median is within `little` of 1. `fail` counts the runs whose median loss is above
-    `failed`, with Fisher's exact test. Two losses of which neither is finite are equal. b may have
-    one run for all of a's.
-    """
-    with np.errstate(invalid="ignore"):
-        ratio = np.median(np.where(np.isinf(a) & np.isinf(b), 1, a / b), axis=1)
-    found = median_of_few(ratio, 1)
-    if found["p"] > 0.05:
-        lower = "unclear"
-    elif abs(found["median"] - 1) < little:
-        lower = f"neither by {little:.0%}"
-    else:
-        lower = "the first" if found["median"] < 1 else "the second"
-    fail = [int((np.median(losses, axis=1) > failed).sum()) for losses in (a, b)]
-    counts = [[fail[0], len(a) - fail[0]], [fail[1], len(b) - fail[1]]]
-    fail_p = stats.fisher_exact(counts).pvalue
-    return found | {"lower": lower, "of_each": ratio, "fail": fail, "fail_p": fail_p}

@@ -1,0 +1,1 @@
+"""Symmetries of PyTorch modules, and teleports along them."""
