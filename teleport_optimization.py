@@ -399,7 +399,7 @@ def draw_differences(path, arrays):
         plots.plot_differences(ax, 1 + np.arange(len(plain)), loss, plain, COLORS)
         ax.set(title=title)
     figure.supylabel("test loss − plain's, 95 % interval", size="medium")
-    plots.legend_below(figure, axes[0], columns=7)
+    plots.legend_below(figure, axes[0])
     plots.save_figure(figure, path)
 
 

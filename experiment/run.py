@@ -80,7 +80,8 @@ def experiment_parser(doc, on_images=True):
     if on_images:
         add("--sample", action="store_true", help="use the 1,000 images that ship with the code")
         add("--device", type=device, default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
-        add("--processes", type=whole_number(1), default=cores(), help="worker processes on a CPU")
+        default = f"as many as there are cores, {cores()}; on a GPU one"
+        add("--processes", type=whole_number(1), help=f"worker processes (default: {default})")
         add("--data", type=Path, default=ROOT / "data", help="datasets; missing ones are fetched")
     return parser
 
@@ -106,23 +107,25 @@ def figures_folder(args, defaults, root="figures"):
 def run_tasks(function, tasks, args, updates, unit):
     """Call function(task, args, bar) for each task. Tasks save what they compute in logs/.
 
-    On a CPU they run in `args.processes` worker processes with one thread each, on a GPU in this
-    process. Under torchrun each rank takes its share; rank 0 returns when all are done, and the
-    other ranks end here, so a script calls this once. updates: how often a task calls bar.update(),
-    each time for one `unit`: a number, or a list of one for each task.
+    They run in `args.processes` worker processes with one thread each: by default as many as there
+    are cores, on a GPU one. One alone is this process. Under torchrun each rank takes its share;
+    rank 0 returns when all are done, and the other ranks end here, so a script calls this once.
+    updates: how often a task calls bar.update(), each time for one `unit`: a number, or a list of
+    one for each task.
     """
     if WORLD > 1:  # gloo even for GPUs: ranks exchange files only, and wait for each other
         distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if args.device.type == "cpu":
         torch.set_num_threads(1)  # as in the workers: several threads round differently
+    processes = args.processes or (cores() if args.device.type == "cpu" else 1)
     share = tasks[RANK::WORLD]
     updates = updates if isinstance(updates, list) else [updates] * len(tasks)
     with tqdm(total=sum(updates[RANK::WORLD]), unit=unit, disable=RANK > 0, mininterval=0.5) as bar:
-        if args.processes == 1 or WORLD > 1 or args.device.type != "cpu":
+        if processes == 1 or WORLD > 1:
             for task in share:
                 function(task, args, bar)
         else:
-            run_in_workers(function, share, args, bar)
+            run_in_workers(function, share, args, bar, processes)
     if WORLD > 1:
         wait_for_ranks()
         if RANK > 0:
@@ -140,11 +143,11 @@ def wait_for_ranks():
         raise UserError("another rank has ended before its work was done.") from None
 
 
-def run_in_workers(function, tasks, args, bar):
+def run_in_workers(function, tasks, args, bar, processes):
     """Call function(task, args, bar) for each task in worker processes; raise their first error."""
     context = multiprocessing.get_context("spawn")
     count = context.Value("q", 0)  # of the updates of all workers
-    pool = ProcessPoolExecutor(min(args.processes, len(tasks)), context, start_worker, (count,))
+    pool = ProcessPoolExecutor(min(processes, len(tasks)), context, start_worker, (count,))
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: this process stops them
     try:
         pending = [pool.submit(call, function, task, args) for task in tasks]
@@ -157,9 +160,7 @@ def run_in_workers(function, tasks, args, bar):
             for future in done:
                 future.result()
     except BrokenProcessPool:
-        sentence = (
-            "a worker process was killed, possibly for lack of memory: choose fewer --processes."
-        )
+        sentence = "a worker was killed, perhaps for lack of memory: choose fewer --processes."
         raise UserError(sentence) from None
     finally:
         for worker in multiprocessing.active_children():

@@ -1,7 +1,7 @@
-"""Gradient ascent along an orbit: the parameters that group elements reach from given ones.
+"""Gradient ascent along an orbit: the points that group elements reach from given parameters.
 
-A step begins at the identity, T = 0, and moves along the slope of the objective in T. Leading
-dimensions of an objective's value are runs, each of which moves alone.
+Every step starts at the identity, T = 0, and follows the slope of the objective in T there. The
+leading dimensions of the objective's value are runs, and each run moves by itself.
 """
 
 from collections.abc import Callable
@@ -13,124 +13,132 @@ INF = float("inf")
 
 
 class Orbit(NamedTuple):
-    """How group elements act on parameters: lists of tensors, whose leading dimensions are runs."""
+    """How groups act on parameters, a list of tensors."""
 
-    act: Callable  # (parameters, a g for each group) -> new parameters
-    actions: list  # for each group: project(T) is the nearest T allowed, element(T) is its g
-    zeros: list  # T = 0 of each group: [..., d, d]
+    act: Callable  # (parameters, an element g for each group) -> new parameters
+    actions: list  # for each group: project(T) is the nearest T allowed, element(T) its g
+    zeros: list  # for each group T = 0, [..., d, d]
 
 
 class Path(NamedTuple):
-    """What an ascent passed: the objective [steps + 1, ...], and for each group the product g."""
+    """What an ascent went through."""
 
-    objective: torch.Tensor
-    group_elements: list
-
-
-def ascend(orbit, objective, parameters, lr, steps, stop=INF, max_norm=INF, gradient=None):
-    """Move by `steps` steps T = lr × slope; return the new parameters and the Path.
-
-    objective(parameters) returns what is to grow, [...]. lr: a number or a tensor [...], negative
-    to descend. A run whose objective is above `stop` stays where it is, and a step is cut where
-    |T|_F of a group is above `max_norm`. gradient: as `slopes` takes it.
-    """
-
-    def choose(value, slopes):
-        going = value <= torch.as_tensor(stop).to(value)
-        rate = torch.as_tensor(lr).to(value)[..., None, None]
-        T = [rate * slope for slope in slopes]
-        if max_norm < INF:
-            lengths = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
-            T = [t * (max_norm / length).clamp(max=1) for t, length in zip(T, lengths)]
-        return T, going
-
-    return follow(orbit, objective, parameters, choose, steps, gradient=gradient)
-
-
-def ascend_to(target, orbit, objective, parameters, length, steps, gradient=None):
-    """Move until the objective has reached a target; return the new parameters and the Path.
-
-    target: a number or a tensor [...]. Runs that begin above it descend, and runs whose target is
-    nan stay. A step has the length `length`, the norm of all T together, or less where the slope
-    says that the target is nearer. A run ends after `steps` steps, where it has reached its target,
-    or where a step would not bring it nearer; that step is not taken. The other arguments are those
-    of `ascend`.
-    """
-    start = objective(parameters)
-    target = torch.as_tensor(target).to(start)
-    sign = torch.where(start > target, -1.0, 1.0)
-
-    def choose(value, slopes):
-        norm = sum((slope**2).sum((-2, -1)) for slope in slopes).sqrt()
-        # a little beyond, so that the target is reached rather than approached
-        step = sign * (1.05 * (target - value).abs() / norm).clamp(max=length) / norm
-        return [step[..., None, None] * slope for slope in slopes], sign * (value - target) < 0
-
-    def nearer(value, new):
-        return sign * (new - value) > 0
-
-    return follow(orbit, objective, parameters, choose, steps, nearer, gradient)
+    objective: torch.Tensor  # its value before the first step and after each step, [steps + 1, ...]
+    group_elements: list  # for each group the product of the steps' elements, [..., d, d]
 
 
 @torch.no_grad()
-def follow(orbit, objective, parameters, choose, steps, accept=None, gradient=None):
-    """Move by steps that `choose` chooses; return the new parameters and the Path.
+def ascend(orbit, objective, parameters, lr, steps, stop=INF, max_norm=INF, gradient=None):
+    """Take gradient steps T = lr × slope; return the new parameters and the Path.
 
-    choose(value, slopes) returns T for each group, and which runs go on, [...]. accept(value, new)
-    says in which of them the objective's new value is acceptable; the others stay.
+    objective(parameters) returns the value that is to grow, [...]; where lr is negative it falls.
+    lr and stop are numbers or tensors [...]. A run stops once its value is above `stop`; when all
+    have stopped, the ascent ends, and the path is shorter. A step with |T|_F > max_norm in a group
+    is scaled down to that norm. gradient: as in `slopes`.
     """
-    path, total = [], [torch.eye(zero.shape[-1]).to(zero).expand_as(zero) for zero in orbit.zeros]
+    path, product, going = [], identities(orbit), True
     for _ in range(steps):
         value, slope = slopes(orbit, objective, parameters, gradient)
         path.append(value)
-        T, going = choose(value, slope)
+        going = going & (value <= as_tensor(stop, value))  # False for nan
         if not going.any():
             break
-        # where a slope is infinite 0 times it is not 0, and its entry of T stays 0
-        T = [torch.where(spread(going, t), t, 0.0).nan_to_num(0.0, 0.0, 0.0) for t in T]
+        T = scaled(slope, torch.where(going, as_tensor(lr, value), 0.0))
+        if max_norm < INF:
+            norms = [t.norm(dim=(-2, -1), keepdim=True) for t in T]
+            T = [t * (max_norm / norm).clamp(max=1) for t, norm in zip(T, norms)]
         elements = [action.element(t) for action, t in zip(orbit.actions, T)]
-        moved = orbit.act(parameters, elements)
-        if accept:
-            going = going & accept(value, objective(moved))
-            if not going.any():
-                break
-        parameters = [torch.where(spread(going, p), new, p) for new, p in zip(moved, parameters)]
-        total = [torch.where(spread(going, g), g @ old, old) for g, old in zip(elements, total)]
+        parameters = choose(going, orbit.act(parameters, elements), parameters)
+        product = [g @ before for g, before in zip(elements, product)]
     else:
         path.append(objective(parameters))
-    return parameters, Path(torch.stack(path), total)
+    return parameters, Path(torch.stack(path), product)
 
 
-def spread(mask, tensor):
-    """Return a mask [...] with dimensions of size 1 appended, as many as `tensor` has more."""
-    return mask.reshape(mask.shape + (1,) * (tensor.dim() - mask.dim()))
+@torch.no_grad()
+def ascend_to(target, orbit, objective, parameters, length, steps, gradient=None):
+    """Move until the objective has reached a target; return the new parameters and the Path.
+
+    target: a number or a tensor [...]. A run that starts above its target descends; one whose
+    target is nan stays. A step has the length |T| = `length` over all groups, or less if the slope
+    says that the target is nearer. A run stops when it has reached its target, or when a step
+    would not bring it nearer; that step is not taken. When no run is left, the ascent ends, and
+    the path is shorter. The other arguments are as in `ascend`.
+    """
+    value = objective(parameters)
+    target = as_tensor(target, value)
+    sign = torch.where(value > target, -1.0, 1.0)
+    going = sign * (value - target) < 0
+    path, product = [value], identities(orbit)
+    for _ in range(steps):
+        if not going.any():
+            break
+        _, slope = slopes(orbit, objective, parameters, gradient)
+        norm = sum((t * t).sum(tuple(range(value.dim(), t.dim()))) for t in slope).sqrt()
+        # a little beyond the target, so that it is reached rather than approached
+        step = (1.05 * (target - value).abs() / norm).clamp(max=length)
+        T = scaled(slope, sign * step / norm)
+        elements = [action.element(t) for action, t in zip(orbit.actions, T)]
+        moved = orbit.act(parameters, elements)
+        new = objective(moved)
+        going = going & (sign * (new - value) > 0)
+        parameters = choose(going, moved, parameters)
+        product = choose(going, [g @ before for g, before in zip(elements, product)], product)
+        value = torch.where(going, new, value)
+        path.append(value)
+        going = going & (sign * (value - target) < 0)
+    return parameters, Path(torch.stack(path), product)
 
 
 def slopes(orbit, objective, parameters, gradient=None):
-    """Return the objective [...] and its gradient in the T of each group at T = 0, projected.
+    """Return the objective [...] and, for each group, its slope in T at T = 0, projected.
 
-    The objective is evaluated where T = 0 leads, which is elsewhere if the action keeps the outputs
-    of a batch alone. gradient(parameters) returns the objective and its gradient in the parameters;
-    by default autograd finds it.
+    gradient(parameters) returns the objective and its gradient in the parameters; without it,
+    autograd finds both. Both are taken at the parameters that T = 0 leads to. These differ from
+    the given ones if an action keeps the network's outputs on a batch only approximately.
     """
+    T = [torch.zeros_like(zero, requires_grad=True) for zero in orbit.zeros]
     with torch.enable_grad():
-        T = [zero.requires_grad_() for zero in map(torch.zeros_like, orbit.zeros)]
-        elements = [action.element(t) for action, t in zip(orbit.actions, T)]
-        moved = orbit.act(parameters, elements)
-        value, grad = (gradient or by_autograd(objective))([m.detach() for m in moved])
-    outputs, gradients = zip(*((m, g) for m, g in zip(moved, grad) if m.requires_grad))
-    found = torch.autograd.grad(outputs, T, gradients, materialize_grads=True)
-    return value, [action.project(t) for action, t in zip(orbit.actions, found)]
+        moved = orbit.act(parameters, [a.element(t) for a, t in zip(orbit.actions, T)])
+    here = [p.detach() for p in moved]
+    value, gradients = gradient(here) if gradient else value_and_gradient(objective, here)
+    # parameters that no group acts on have no part in the slope
+    moved, gradients = zip(*((p, g) for p, g in zip(moved, gradients) if p.requires_grad))
+    slope = torch.autograd.grad(moved, T, gradients)
+    return value, [action.project(t) for action, t in zip(orbit.actions, slope)]
 
 
-def by_autograd(objective):
-    """Return a function of parameters that gives objective(parameters) and its gradient."""
+@torch.enable_grad()
+def value_and_gradient(objective, parameters):
+    """Return objective(parameters), [...], and its gradient, a list like the parameters.
 
-    def value_and_gradient(parameters):
-        leaves = [p.requires_grad_() for p in parameters]
-        with torch.enable_grad():
-            value = objective(leaves)
-            gradient = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
-        return value.detach(), gradient
+    Both are constants: autograd does not go through them.
+    """
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    value = objective(leaves)
+    return value.detach(), torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
 
-    return value_and_gradient
+
+def as_tensor(number, like):
+    """Return a number or a tensor as a tensor of the type and on the device of another one."""
+    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
+
+
+def identities(orbit):
+    """Return the identity of each group, [..., d, d]."""
+    return [torch.eye(zero.shape[-1]).to(zero).expand_as(zero) for zero in orbit.zeros]
+
+
+def scaled(slope, factor):
+    """Return T = factor × slope for each group; entries that are not finite become 0."""
+    return [(spread(factor, t) * t).nan_to_num(0.0, 0.0, 0.0) for t in slope]
+
+
+def choose(mask, new, old):
+    """Return the tensors `new` for the runs in a mask [...], and `old` for the others."""
+    return [torch.where(spread(mask, b), a, b) for a, b in zip(new, old)]
+
+
+def spread(values, tensor):
+    """Return values [...] with as many dimensions as a tensor [..., *], to be broadcast to it."""
+    return values[(...,) + (None,) * (tensor.dim() - values.dim())]
