@@ -3,7 +3,7 @@
     python data.py              # fetches all three into data/ (300 MB)
     python data.py MNIST        # one of them
 
-The files are their publishers' own, laid out as torchvision and the binary version of CIFAR-10
+The files are those of the publishers, laid out as torchvision and the binary version of CIFAR-10
 do: IDX files (http://yann.lecun.com/exdb/mnist/), and rows of a label and 3,072 pixel values
 (https://www.cs.toronto.edu/~kriz/cifar.html). A file counts only if its SHA-256 agrees.
 """

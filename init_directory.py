@@ -7,8 +7,8 @@ The other scripts make what they need themselves.
 
 from pathlib import Path
 
-from experiment.files import ROOT
-from experiment.launch import run
+from experiment.results import ROOT
+from experiment.run import run
 
 FOLDERS = ("data", "logs", "figures", "learn-to-teleport/figures")
 

@@ -385,7 +385,7 @@ def draw(path, dataset, arrays, against):
         ax.set(title=f"{TITLES[dataset]}, {optimizer}", xlabel=against)
     axes[0].set(ylabel="loss")
     plots.plain_log_axis(axes[0], "y")
-    plots.legend_below(figure, axes[0])
+    plots.legend_below(figure, axes[0], columns=min(4, 2 * len(arrays)))
     plots.save_figure(figure, path, pdf=dataset == "MNIST")
 
 
@@ -399,7 +399,7 @@ def draw_differences(path, arrays):
         plots.plot_differences(ax, 1 + np.arange(len(plain)), loss, plain, COLORS)
         ax.set(title=title)
     figure.supylabel("test loss − plain's, 95 % interval", size="medium")
-    plots.legend_below(figure, axes[0])
+    plots.legend_below(figure, axes[0], columns=min(4, 2 * len(arrays)))
     plots.save_figure(figure, path)
 
 

@@ -46,6 +46,8 @@ def pseudoinverse(h):
     full = diagonal.amin(-1) > n * torch.finfo(h.dtype).eps * diagonal.amax(-1)  # False for nan
     if full.all():
         return inverse
+    if h.dim() == 2:
+        return pseudoinverse(h[None])[0]
     warnings.warn(
         f"the activations [{d}, {n}] of the runs {(~full).nonzero().tolist()} do not have full "
         "rank or are not finite: the group action does not keep their outputs exactly",

@@ -40,14 +40,14 @@ def correlate(a, b):
     }
 
 
-def partial_correlation(a, b, given):
-    """Return Pearson's r of a and b: [runs] once their linear dependence on `given` is removed.
+def partial_correlation(a, b, control):
+    """Return Pearson's r of a and b: [runs] once their linear dependence on `control` is removed.
 
     Its interval (Fisher's z) and p-value (Student's t) have one degree of freedom less than those
     of `correlate`; with four runs the interval is all of [−1, 1].
     """
-    (_, r_ab, r_ag), (_, _, r_bg), _ = np.corrcoef([a, b, given])
-    r = (r_ab - r_ag * r_bg) / np.sqrt((1 - r_ag**2) * (1 - r_bg**2))
+    (_, r_ab, r_ac), (_, _, r_bc), _ = np.corrcoef([a, b, control])
+    r = (r_ab - r_ac * r_bc) / np.sqrt((1 - r_ac**2) * (1 - r_bc**2))
     df = len(a) - 3
     with np.errstate(divide="ignore"):
         width = stats.norm.ppf(0.975) / np.sqrt(df - 1)

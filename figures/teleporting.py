@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from experiment import launch, plots
+from experiment import plots, run
 
 START, G, LR, STEPS = (0.55, 0.55), 4.0, 0.08, 30
 
@@ -38,7 +38,7 @@ def descend(w):
 
 
 def main():
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     plane, curves = figure.subplots(1, 2, width_ratios=(1.15, 1))
     u, v = np.meshgrid(np.linspace(0.02, 3, 300), np.linspace(0.02, 2, 200))
     levels = np.array([0.002, 0.02, 0.08, 0.24, 0.6, 1.5, 4, 10])
@@ -65,9 +65,8 @@ def main():
     plane.legend(loc="upper right")
     curves.set(xlabel="step of gradient descent", ylabel="loss", title="Descent from both points")
     curves.legend()
-    figure.tight_layout()
     plots.save_figure(figure, Path(__file__).with_suffix(""))
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    run.run(main)

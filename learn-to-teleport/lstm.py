@@ -3,8 +3,8 @@
 A step is then a few products of a matrix and a vector, and autograd would spend most of its time
 adding up the matrices' gradients, step by step (tests/benchmark.py compares the two). Here autograd
 takes the parameters as constants and finds δ, the gradients at the gates and the outputs.
-`backward` then forms the gradient of each matrix once for a window: δ^T v, where v is what the
-matrix was fed.
+`backward` then forms each matrix's gradient once for a window of steps: δ^T v, where v is what the
+matrix was multiplied with.
 """
 
 import torch
@@ -12,10 +12,10 @@ from torch import nn
 
 
 class LSTM(nn.Module):
-    """Two LSTM cells, fed with scale(x): [runs, inputs], and a linear layer for each output.
+    """Two LSTM cells with the input scale(x), x: [runs, inputs], and a linear layer per output.
 
-    outputs: {name: size}; those of the first are drawn alike, however many come after them. In
-    training a layer's leaves, inputs and outputs go on tape.
+    outputs: {name: size}; the layer of the first output is drawn alike, whatever others there are.
+    In training, the tape holds for each layer and step what `backward` needs.
     """
 
     def __init__(self, inputs, hidden, outputs, scale=lambda x: x):
@@ -24,15 +24,15 @@ class LSTM(nn.Module):
         self.cells = nn.ModuleList([nn.LSTMCell(inputs, hidden), nn.LSTMCell(hidden, hidden)])
         self.readouts = nn.ModuleList(nn.Linear(hidden, size) for size in outputs.values())
         self.requires_grad_(False)
-        self.transposed = {}  # what Adam sees of each parameter
+        self.transposed = {}  # parameter -> its transpose, which Adam updates
         for p in self.parameters():
             p.data = p.data.t().contiguous().t()  # by columns W is read faster from memory
             self.transposed[p] = p.data.t()
             self.transposed[p].grad = torch.empty_like(p.data.t())
-        self.forget()
+        self.begin_window()
 
-    def forget(self):
-        """Begin a new window."""
+    def begin_window(self):
+        """Empty the tape."""
         self.tape = {layer: [] for layer in (*self.cells, *self.readouts)}
 
     def zero_state(self, runs):
@@ -40,7 +40,7 @@ class LSTM(nn.Module):
         return [(torch.zeros(runs, cell.hidden_size),) * 2 for cell in self.cells]
 
     def forward(self, x, state):
-        """Return {name: [runs, size]} and the new state; in training, one run's, for `backward`."""
+        """Return {name: [runs, size]} and the new state; in training, of one run."""
         x, outputs, new_state = self.scale(x), {}, []
         for cell, (h, c) in zip(self.cells, state):
             x = x.detach()  # `backward` goes on from here
@@ -56,19 +56,22 @@ class LSTM(nn.Module):
         return outputs, new_state
 
     def backward(self):
-        """Set all gradients, once the outputs of a window have theirs."""
+        """Set the gradients of all parameters, once the outputs of a window have theirs."""
         first, second = self.cells
-        grad_h = sum(self.learn(readout) @ readout.weight for readout in self.readouts)
-        self.learn(first, self.learn(second, grad_h) @ second.weight_ih)
+        grad_h = sum(self.backward_of(readout) @ readout.weight for readout in self.readouts)
+        self.backward_of(first, self.backward_of(second, grad_h) @ second.weight_ih)
 
-    def learn(self, layer, grad_outputs=None):
-        """Set a layer's gradients, given its outputs' or once they have them; return δ."""
+    def backward_of(self, layer, grad_outputs=None):
+        """Set the gradients of a layer's parameters; return δ, [steps, size].
+
+        grad_outputs: the gradients of a cell's outputs, [steps, hidden]; a readout's have theirs.
+        """
         leaves, inputs, outputs = zip(*self.tape[layer])
         if grad_outputs is not None:
             torch.autograd.backward(outputs, grad_outputs.split(1))
         delta = torch.cat([torch.zeros_like(y) if y.grad is None else y.grad for y in leaves])
-        fed = (torch.cat(v).detach().t() for v in zip(*inputs))
+        inputs = (torch.cat(v).detach().t() for v in zip(*inputs))
         for p in layer.parameters():
             out = self.transposed[p].grad  # memory that is in use needs no clearing
-            torch.mm(next(fed), delta, out=out) if p.dim() == 2 else torch.sum(delta, 0, out=out)
+            torch.mm(next(inputs), delta, out=out) if p.dim() == 2 else torch.sum(delta, 0, out=out)
         return delta

@@ -1,66 +1,112 @@
-"""Learning to teleport: LSTMs that give the group element, the step size or the update. Figure 6.
+"""Figure 6: do LSTMs that learn to teleport minimise two-layer regressions faster?
 
-    python learn-to-teleport/multi_layer_regression.py     # --quick for a look
+    python learn-to-teleport/multi_layer_regression.py            # 100 minutes on two cores
+    python learn-to-teleport/multi_layer_regression.py --quick    # a few minutes
 
-Two-layer regression is minimised by GD, by GD (tuned), whose step size is best on training
-trajectories, and by METHODS: the published three, LSTM(lr) without T, LSTM(update) on as many
-trajectories as LSTM(update,tele), and all of them with scaled gradients. Each initialisation of one
-is a task. They run in processes side by side, or in torchrun's ranks, and go on from logs/.
+The paper's methods are gradient descent (GD), and LSTMs whose outputs are the step size (lr), the
+update of all weights, or the group element (tele). Beside them: LSTM(lr) without teleports,
+LSTM(update) trained on as many trajectories as LSTM(update,tele), LSTMs that read scaled gradients,
+and GD with the best step size. Training goes to logs/learn-to-teleport/; an interrupted run resumes
+from there.
 """
 
-import re
 import sys
 from functools import partial
-from itertools import product
 from pathlib import Path
 from timeit import repeat
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from experiment import files, launch, plots
-from experiment.statistics import compare_ratios, median_of_few
-
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from scipy import stats
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import lstm
+import models
 import regression
-from models import SEED, optimizer_from_arrays, optimizer_to_arrays, run_seeds, warn_if_not_finite
-from regression import Learned, Network, draw_problem, new_training, rollout, train_trajectory
+from experiment import plots, results, run
+from regression import LearnedOptimizer, Network, draw_problem, rollout
+
+CODE = __file__, lstm.__file__, regression.__file__
+SEEDS = 10  # initialisations, with the published seeds of runs
+TRAINING_SEEDS = [n * n * 12345 - 1 for n in range(700)]
+TEST_SEEDS = [n * n * 12345 for n in range(5)] + models.run_seeds(range(100))
+PUBLISHED, FRESH = slice(5), slice(5, None)  # among them
+STEPS = [*range(31), 100]  # of the tests, that are kept
+STEPS_SHOWN, CLAIMED_STEP = (10, 30, 100), 30
+SAVE_EVERY, QUICK = 50, 100  # trajectories; --quick trains on so many times fewer
+GD_LR, GD_LRS = 3e-4, np.logspace(-6, -2, 81)  # GD (tuned) has the best of these
 
 
-class Method(NamedTuple):
-    """LSTMs and what they are trained on; where only trajectories differ, training is shared."""
+class Training(NamedTuple):
+    """LSTMs, and the methods that they are after so many trajectories of training."""
 
     networks: tuple
-    trajectories: int
     steps: int  # of each trajectory
-    scaled: bool = False  # whether gradients are, by `sign_and_log`
+    methods: dict  # {name: number of trajectories}
+    scaled: bool = False  # whether gradients are, by `regression.sign_and_log`
+    initialisation: int = 0
+
+    @property
+    def trajectories(self):
+        return max(self.methods.values())
 
 
 LR, UPDATE = Network(("lr",), 20, 1e-4), Network(("update",), 300, 1e-3)
 LR_AND_T, T = Network(("lr", "T"), 20, 1e-4), Network(("T",), 300, 1e-4)
-METHODS = {
-    "LSTM(lr)": Method((LR,), 30, 300),
-    "LSTM(lr,tele)": Method((LR_AND_T,), 30, 300),
-    "LSTM(update)": Method((UPDATE,), 600, 100),
-    "LSTM(update), 700": Method((UPDATE,), 700, 100),
-    "LSTM(update,tele)": Method((UPDATE, T), 700, 100),
-}
-METHODS |= {f"{name}, scaled": m._replace(scaled=True) for name, m in METHODS.items()}
-PAIRS = [("LSTM(lr,tele)", "LSTM(lr)")]  # whose losses are compared
-PAIRS += [("LSTM(update,tele)", name) for name in ("LSTM(update)", "LSTM(update), 700")]
-PAIRS += [(f"{a}, scaled", f"{b}, scaled") for a, b in PAIRS]
-PAIRS += [(name, name.removesuffix(", scaled")) for name, m in METHODS.items() if m.scaled]
-PAIRS += [(name, "GD (tuned)") for name in METHODS]
-GD_LR, GD_LRS = 3e-4, np.logspace(-6, -2, 81)  # of which GD (tuned) takes the best
-TRAINING_SEEDS = [n * n * 12345 - 1 for n in range(700)]
-TEST_SEEDS = [n * n * 12345 for n in range(5)] + run_seeds(range(100))
-TEST_SETS = {"published 5": slice(5), "fresh 100": slice(5, None)}
-KEYS, STEPS = ("loss", "squared_gradient"), [*range(31), 100]  # that are kept of the tests
-CLAIMED_STEP, STEPS_SHOWN = 30, (10, 30, 100)
-SEEDS = 10  # initialisations, with the published seeds of runs
-SAVE_EVERY, QUICK = 50, 100  # trajectories; --quick trains on so many times fewer
-COMMON = {"unroll": regression.UNROLL, "ranges": regression.RANGES, "tests": [TEST_SEEDS, STEPS]}
+TRAININGS = [
+    Training((LR,), 300, {"LSTM(lr)": 30}),
+    Training((LR_AND_T,), 300, {"LSTM(lr,tele)": 30}),
+    Training((UPDATE,), 100, {"LSTM(update)": 600, "LSTM(update), 700": 700}),
+    Training((UPDATE, T), 100, {"LSTM(update,tele)": 700}),
+]
+SCALED = {method: f"{method}, scaled" for t in TRAININGS for method in t.methods}
+TRAININGS += [
+    t._replace(methods={SCALED[method]: n for method, n in t.methods.items()}, scaled=True)
+    for t in TRAININGS
+]
+
+PAPER = "GD", "LSTM(lr,tele)", "LSTM(update)", "LSTM(update,tele)"
+METHODS = "GD", "GD (tuned)", *SCALED, *SCALED.values()
+COLORS = plots.BLACK, plots.GREY, plots.SKY, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.RED
+TELEPORTS = [  # pairs of methods, with and without teleporting
+    ("LSTM(lr,tele)", "LSTM(lr)"),
+    ("LSTM(update,tele)", "LSTM(update)"),
+    ("LSTM(update,tele)", "LSTM(update), 700"),
+]
+PAIRS = TELEPORTS + [(SCALED[a], SCALED[b]) for a, b in TELEPORTS]  # whose losses are compared
+PAIRS += [(scaled, method) for method, scaled in SCALED.items()]
+PAIRS += [(method, "GD (tuned)") for method in METHODS[2:]]
+
+
+# Computation
+
+
+def trainings(args):
+    """Return all trainings, each from one initialisation: the tasks."""
+    share = QUICK if args.quick else 1
+    return [
+        t._replace(methods={m: -(-n // share) for m, n in t.methods.items()}, initialisation=i)
+        for t in TRAININGS
+        for i in range(args.seeds)
+    ]
+
+
+def log_of(training, args):
+    """Return the Log of a training."""
+    settings = training._asdict() | {
+        "seed": models.run_seeds([training.initialisation])[0],
+        "unroll": regression.UNROLL,
+        "ranges": regression.RANGES,
+        "tests": [TEST_SEEDS, STEPS],
+        "device": "cpu",
+    }
+    outputs = [name for network in training.networks for name in network.outputs]
+    name = "-".join([*outputs, *["scaled"] * training.scaled, str(training.initialisation)])
+    folder = args.output / "logs" / f"learn-to-teleport{'-quick' * args.quick}"
+    return results.Log(folder / f"{name}.npz", settings, CODE)
 
 
 def gradient_descent(lr):
@@ -68,160 +114,228 @@ def gradient_descent(lr):
     return lambda t, w, gradient: w - lr * gradient
 
 
-def tune_gradient_descent():
-    """Return the step size with the least median loss on the trajectories of LSTM(lr,tele)."""
-    problem = draw_problem(TRAINING_SEEDS[: METHODS["LSTM(lr,tele)"].trajectories])
+def tuned_step_size():
+    """Return GD's step size with the least median loss on the first 30 training trajectories."""
+    problem = draw_problem(TRAINING_SEEDS[:30])
     problem = problem._replace(w=problem.w.expand(len(GD_LRS), *problem.w.shape))
     lrs = torch.tensor(GD_LRS, dtype=torch.float32).view(-1, 1, 1, 1, 1)
     loss = rollout(gradient_descent(lrs), problem, CLAIMED_STEP)[0][-1]
     return float(GD_LRS[loss.nan_to_num(np.inf).median(1).values.argmin()])
 
 
-def test(name, optimizer):
-    """Return a method's loss [STEPS, TEST_SEEDS], and |∇L|² on the published five problems.
+def test(method, optimizer, problem):
+    """Return a method's loss [STEPS, TEST_SEEDS], and |∇L|² on the published five problems."""
+    loss, norm = rollout(optimizer, problem, STEPS[-1])
+    return {f"{method}: loss": loss[STEPS], f"{method}: squared_gradient": norm[STEPS, :5]}
 
-    optimizer(problem) returns what `rollout` takes.
+
+def train(training, args, bar):
+    """Train LSTMs from one initialisation; resumes from logs/.
+
+    Saves their parameters, Adam's state until the end, and what `test` returns for each method.
     """
-    problem = draw_problem(TEST_SEEDS)
-    loss, norm = rollout(optimizer(problem), problem, STEPS[-1])
-    return {f"{name}: {key}": curves for key, curves in zip(KEYS, (loss[STEPS], norm[STEPS, :5]))}
-
-
-def train(methods, initialisation, path, settings, bar):
-    """Do one task: methods, {name: Method}, that have one training, which goes on from `path`.
-
-    It has the LSTMs' parameters, Adam's state until the end, and what `test` returns for each.
-    """
-    *_, method = methods.values()
-    lstms, adam = new_training(method.networks, method.scaled, run_seeds([initialisation])[0])
-    if state := files.load(path, settings):
-        lstms.load_state_dict({key: torch.tensor(state[key]) for key in lstms.state_dict()})
-        optimizer_from_arrays(adam, state)
+    log = log_of(training, args)
+    lstms, adam = regression.new_training(training.networks, training.scaled, log.settings["seed"])
+    if saved := results.load(log):
+        lstms.load_state_dict({key: torch.tensor(saved.arrays[key]) for key in lstms.state_dict()})
+        models.optimizer_from_arrays(adam, saved.arrays)
 
     def step(state):
-        n, curves = int(state["steps"]), {key: state[key] for key in state if ": " in key}
-        loss = train_trajectory(lstms, adam, draw_problem(TRAINING_SEEDS[n]), method.steps)
-        warn_if_not_finite(f"{path.stem}: the loss in training", loss)
-        for name, m in methods.items():
-            if m.trajectories == n + 1:
-                curves |= test(name, partial(Learned, lstms.eval()))
-        end = n + 1 == method.trajectories
-        return lstms.state_dict() | curves | ({} if end else optimizer_to_arrays(adam))
+        n, tested = int(state["steps"]), {key: state[key] for key in state if ": " in key}
+        problem = draw_problem(TRAINING_SEEDS[n])
+        loss = regression.train_trajectory(lstms, adam, problem, training.steps)
+        models.warn_if_not_finite(f"{log.path.stem}: the loss in training", loss)
+        for method, trajectories in training.methods.items():
+            if trajectories == n + 1:
+                problem = draw_problem(TEST_SEEDS)
+                tested |= test(method, LearnedOptimizer(lstms.eval(), problem), problem)
+        end = n + 1 == training.trajectories
+        return lstms.state_dict() | tested | ({} if end else models.optimizer_to_arrays(adam))
 
-    files.resume(path, settings, dict, step, method.trajectories, bar, SAVE_EVERY)
-
-
-def tasks(args):
-    """Return the tasks, each the arguments of `train` but for the bar."""
-    logs = args.output / "logs" / f"learn-to-teleport{'-quick' if args.quick else ''}"
-    trainings, listed = {}, []
-    for name, m in METHODS.items():
-        m = m._replace(trajectories=-(-m.trajectories // (QUICK if args.quick else 1)))
-        trainings.setdefault((m.networks, m.steps, m.scaled), {})[name] = m
-    for methods in trainings.values():
-        log = re.sub("[^a-z]+", "-", next(iter(methods)).lower()).strip("-")
-        for i in range(args.seeds):
-            settings = COMMON | {"methods": methods, "seed": run_seeds([i])[0], "device": "cpu"}
-            listed.append((methods, i, logs / f"{log}-{i}.npz", settings))
-    return listed
+    results.resume(log, dict, step, training.trajectories, bar, SAVE_EVERY)
 
 
-def compute(args):
-    """Do this rank's share of the tasks."""
-    share = launch.share_of_rank(tasks(args))
-    total = sum([*methods.values()][-1].trajectories for methods, *_ in share)
-    launch.do_tasks(train, share, total, "trajectory", args.processes)
+def collect(args):
+    """Return the Result of all methods: arrays of each, and the step size of GD (tuned).
 
-
-def collect(_, args):
-    """Return settings, results, and a log.
-
-    The results are what `test` returns, with initialisations as the first dimension, the seconds of
-    a step of each method, and the step size of GD (tuned).
+    The arrays are those that `test` returns, [initialisations, ...], and the seconds of a step.
     """
-    listed, lr, one = tasks(args), tune_gradient_descent(), draw_problem(SEED)
+    lr, problem = tuned_step_size(), draw_problem(models.SEED)
     optimizers = {"GD": gradient_descent(GD_LR), "GD (tuned)": gradient_descent(lr)}
-    found = {name: [test(name, lambda _, gd=gd: gd)] for name, gd in optimizers.items()}
-    for methods, _, path, settings in listed:
-        state = files.load_steps(path, settings, [*methods.values()][-1].trajectories)
-        for name, m in methods.items():
-            found.setdefault(name, []).append(state)
-            optimizers[name] = Learned(new_training(m.networks, m.scaled, SEED)[0].eval(), one)
-    results = {"gd_tuned_lr": lr}
-    for name, states in found.items():
-        for key in (f"{name}: {key}" for key in KEYS):
-            results[key] = np.stack([state[key] for state in states])
-        times = repeat(partial(rollout, optimizers[name], one, 30), number=1, repeat=5)
-        results[f"{name}: seconds_a_step"] = min(times) / 30
-    settings = {"seeds": args.seeds, "quick": args.quick, "methods": METHODS}
-    return settings | COMMON, results, listed[0][2]
+    tested = {m: [test(m, gd, draw_problem(TEST_SEEDS))] for m, gd in optimizers.items()}
+    for training in trainings(args):
+        result = results.load(log_of(training, args), training.trajectories)
+        lstms, _ = regression.new_training(training.networks, training.scaled, models.SEED)
+        for method in training.methods:
+            tested.setdefault(method, []).append(result.arrays)
+            optimizers[method] = LearnedOptimizer(lstms.eval(), problem)
+    arrays = {"gd_tuned_lr": lr}
+    for method, states in tested.items():
+        for key in (f"{method}: loss", f"{method}: squared_gradient"):
+            arrays[key] = np.stack([state[key] for state in states])
+        times = repeat(partial(rollout, optimizers[method], problem, 30), number=1, repeat=5)
+        arrays[f"{method}: seconds_a_step"] = min(times) / 30
+    settings = {"trainings": TRAININGS, "initialisations": args.seeds, "quick": args.quick}
+    return results.Result(arrays, settings, result.made_with)
 
 
-def summarise(_, results):
-    """Return what summary.json says of the results that `collect` returns."""
+# Statistics
+
+
+def median_of_few(values):
+    """Return the median of values: [runs], with its exact interval, that of the sign test.
+
+    Infinite values count as larger than all others; of fewer than six runs the interval is nan.
+    """
+    low, high = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
+    return {"median": np.median(values), "low": low, "high": high}
+
+
+def compare(a, b):
+    """Return the ratio of the losses of two methods, a and b: [initialisations, trajectories].
+
+    The ratio `of_each` initialisation is the median over trajectories, which a and b share; the
+    result has its median, too, and the sign test's p of a median of 1. Two infinite losses are
+    equal. b may have one initialisation for all of a's.
+    """
+    with np.errstate(invalid="ignore"):
+        ratio = np.median(np.where(np.isinf(a) & np.isinf(b), 1, a / b), axis=1)
+    p = stats.quantile_test(ratio, q=1, p=0.5).pvalue
+    return median_of_few(ratio) | {"p": p, "of_each": ratio}
+
+
+def summarise(arrays):
+    """Return each method's losses on the fresh trajectories, and the ratios of losses of PAIRS."""
     methods, claimed = {}, {}
-    for name in ("GD", "GD (tuned)", *METHODS):
-        loss = np.nan_to_num(results[f"{name}: loss"].astype(float), nan=np.inf, posinf=np.inf)
-        methods[name] = {"seconds_a_step": float(results[f"{name}: seconds_a_step"])}
-        claimed[name] = loss[:, STEPS.index(CLAIMED_STEP), TEST_SETS["fresh 100"]]
-        for test_set, chosen in TEST_SETS.items():
-            own = loss[..., chosen]
-            of_each = {step: np.median(own[:, STEPS.index(step)], -1) for step in STEPS_SHOWN}
-            methods[name][test_set] = {
-                "loss_at_step": {step: median_of_few(values) for step, values in of_each.items()},
-                "diverged": int((own[:, -1] >= own[:, 0]).sum()),  # ends no better than it began
-                "of": own[:, 0].size,
-            }
-    gd = np.median(claimed["GD"])
-    ratios = {f"{a} / {b}": compare_ratios(claimed[a], claimed[b], gd) for a, b in PAIRS}
-    return {"gd_tuned_lr": results["gd_tuned_lr"], "methods": methods, "ratios": ratios}
+    for method in METHODS:  # GD comes first
+        loss = arrays[f"{method}: loss"][:, :, FRESH].astype(float)
+        loss = np.nan_to_num(loss, nan=np.inf, posinf=np.inf)
+        claimed[method] = loss[:, STEPS.index(CLAIMED_STEP)]
+        medians = {step: np.median(loss[:, STEPS.index(step)], 1) for step in STEPS_SHOWN}
+        worse_than_gd = np.median(claimed[method], 1) > np.median(claimed["GD"])
+        methods[method] = {
+            "loss_at_step": {step: median_of_few(values) for step, values in medians.items()},
+            "trajectories": loss[:, 0].size,
+            "trajectories_that_diverge": int((loss[:, -1] >= loss[:, 0]).sum()),
+            "initialisations_worse_than_gd": int(worse_than_gd.sum()),
+            "seconds_a_step": float(arrays[f"{method}: seconds_a_step"]),
+        }
+    ratios = {f"{a} / {b}": compare(claimed[a], claimed[b]) for a, b in PAIRS}
+    return {"gd_tuned_lr": arrays["gd_tuned_lr"], "methods": methods, "ratios": ratios}
 
 
-def table(summaries):
-    """Return the losses, and their ratios at CLAIMED_STEP on fresh trajectories, as Markdown."""
-    (summary,) = summaries.values()
+def number_text(value, digits=3):
+    """Return a number as text, with so many significant digits."""
+    return f"{value:.{digits}g}".replace("inf", "∞")
+
+
+def median_text(values):
+    """Return a `median_of_few` as text; without its interval where there are too few runs."""
+    median, low, high = (number_text(values[key]) for key in ("median", "low", "high"))
+    return median if low == "nan" else f"{median} [{low}, {high}]"
+
+
+def loss_table(methods):
+    """Return the losses of methods, {name: summary}, as Markdown."""
     rows = [
-        [name, test_set, *map(plots.median_text, entry[test_set]["loss_at_step"].values())]
-        + ["{diverged} of {of}".format(**entry[test_set]), f"{1e3 * entry['seconds_a_step']:.2g}"]
-        for test_set in TEST_SETS
-        for name, entry in summary["methods"].items()
+        [method, *map(median_text, entry["loss_at_step"].values())]
+        + ["{trajectories_that_diverge} of {trajectories}".format(**entry)]
+        + [str(entry["initialisations_worse_than_gd"]), f"{1e3 * entry['seconds_a_step']:.2g}"]
+        for method, entry in methods.items()
     ]
-    header = ["method", "trajectories", *(f"loss, step {step}" for step in STEPS_SHOWN)]
-    losses = plots.markdown([*header, "diverged", "ms a step"], rows)
-    title = f"ratio of losses, step {CLAIMED_STEP}, fresh trajectories"
-    return f"{losses}\n{plots.ratio_table(title, summary['ratios'])}"
+    losses = [f"loss, step {step}" for step in STEPS_SHOWN]
+    header = [
+        "fresh trajectories",
+        *losses,
+        "diverge",
+        "initialisations worse than GD",
+        "ms a step",
+    ]
+    return plots.markdown(header, rows)
 
 
-def draw(_, results, summary, folder):
-    """Draw Figure 6, and once more with scaled gradients, from the published trajectories."""
-    panels = ("", "epoch", "loss"), ("_vs_time", "ms", "loss"), ("_vs_gradient", "loss", "|∇L|²")
-    for (suffix, xlabel, ylabel), scaled in product(panels, (False, True)):
-        curves = {}
-        for name in ("GD", "GD (tuned)", *(n for n in METHODS if METHODS[n].scaled == scaled)):
-            loss, norm = (np.concatenate(results[f"{name}: {key}"][:, :31, :5], -1) for key in KEYS)
-            step = 1e3 * results[f"{name}: seconds_a_step"] if xlabel == "ms" else 1
-            curves[name] = (loss, norm) if xlabel == "loss" else (step * np.arange(31), loss)
-        path = folder / f"multi_layer_loss{suffix}{'_scaled' if scaled else ''}"
-        plots.draw_losses(path, curves, xlabel=xlabel, ylabel=ylabel)
+def ratio_table(ratios):
+    """Return ratios, {pair: what `compare` returns}, as Markdown."""
+    rows = [
+        [pair, median_text(r), number_text(r["p"], 2)]
+        + [", ".join(number_text(ratio, 4) for ratio in r["of_each"])]
+        for pair, r in ratios.items()
+    ]
+    header = [f"loss, step {CLAIMED_STEP}", "ratio", "p", "by initialisation"]
+    caption = "Medians over initialisations of the median over fresh trajectories, with exact 95 % "
+    caption += "intervals; p: sign test. A trajectory diverges if it ends no lower than it began.\n"
+    return f"{plots.markdown(header, rows)}\n{caption}"
+
+
+# Figures
+
+
+def draw(path, arrays, colors, pdf=False):
+    """Draw loss against epoch and time, and |∇L|² against loss, on the published trajectories.
+
+    colors: {method: color}. Lines are means over the runs that stay finite. Bands are a standard
+    deviation wide, and cut at the lowest loss.
+    """
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    by_epoch, by_time, gradient = figure.subplots(1, 3)
+    epochs = np.arange(31)
+    for k, (method, color) in enumerate(colors.items()):
+        loss = np.concatenate(arrays[f"{method}: loss"][:, :31, PUBLISHED], -1)
+        norm = np.concatenate(arrays[f"{method}: squared_gradient"][:, :31], -1)
+        finite = np.isfinite(loss).all(0)
+        failures = f", {(~finite).sum()} of {finite.size} not finite" if not finite.all() else ""
+        mean, deviation = loss[:, finite].mean(1, float), loss[:, finite].std(1, float)
+        band = np.maximum(mean - deviation, loss[:, finite].min(1)), mean + deviation
+        style = {"color": color, "ls": "-" if k % 2 else "--", "label": f"{method}{failures}"}
+        ms = 1e3 * arrays[f"{method}: seconds_a_step"] * epochs
+        plots.plot_with_band(by_epoch, epochs, mean, *band, **style)
+        plots.plot_with_band(by_time, ms, mean, *band, **style)
+        gradient.plot(mean, norm[:, finite].mean(1, float), marker=".", lw=1, **style)
+    by_epoch.set(xlabel="epoch", ylabel="loss", yscale="log")
+    by_time.set(xlabel="time (ms)", ylabel="loss", yscale="log")
+    gradient.set(xlabel="loss", ylabel="|∇L|²", yscale="log", xscale="log")
+    plots.legend_below(figure, by_epoch)
+    plots.save_figure(figure, path, pdf)
+
+
+# The script
 
 
 def parse_arguments():
-    parser = launch.experiment_parser(__doc__, on_datasets=False)
-    add, at_least = parser.add_argument, launch.at_least
-    add("--seeds", type=at_least(1), default=SEEDS, help="initialisations of each method")
+    parser = run.experiment_parser(__doc__, on_images=False)
+    add, number = parser.add_argument, run.whole_number
+    add("--seeds", type=number(1), default=SEEDS, help="initialisations of each method")
     add("--quick", action="store_true", help="train each LSTM on 1 to 7 trajectories")
-    add("--processes", type=at_least(1), default=launch.cores(), help="number of worker processes")
+    add("--processes", type=number(1), default=run.cores(), help="worker processes")
     return parser.parse_args()
 
 
 def main():
-    torch.set_num_threads(1)
     args = parse_arguments()
-    folder = args.output / "learn-to-teleport" / "figures" / ("quick" if args.quick else "")
-    folder /= f"{args.seeds}seeds" if args.seeds != SEEDS else ""
-    parts = ["results"], ["results"]
-    launch.compute_and_report(args, folder, *parts, compute, collect, summarise, table, draw)
+    defaults = {"quick": False, "seeds": SEEDS}
+    folder = run.figures_folder(args, defaults, "learn-to-teleport/figures")
+    if not args.plot_only:
+        results.check_writable(folder)
+        tasks = trainings(args)
+        results.warn_of_other_code([log_of(task, args) for task in tasks])
+        run.run_tasks(train, tasks, args, [task.trajectories for task in tasks], "trajectory")
+        results.save(folder / "results.npz", collect(args))
+
+    result = results.read_all(folder, ["results"], ["results"])["results"]
+    summary = summarise(result.arrays)
+    methods, ratios = summary["methods"], summary["ratios"]
+    about = {"settings": result.settings, "made_with": result.made_with}
+    results.save_json(folder / "summary.json", about | summary)
+    results.save_text(folder / "table.md", f"{loss_table(methods)}\n{ratio_table(ratios)}")
+    colors = dict(zip(METHODS, COLORS))
+    scaled = {SCALED.get(method, method): color for method, color in colors.items()}
+    draw(folder / "figure_6", result.arrays, {m: colors[m] for m in PAPER}, pdf=True)
+    draw(folder / "all_methods", result.arrays, colors)
+    draw(folder / "scaled_gradients", result.arrays, scaled)
+    losses = loss_table({method: methods[method] for method in PAPER})
+    teleports = ratio_table({f"{a} / {b}": ratios[f"{a} / {b}"] for a, b in TELEPORTS})
+    print(f"\n{losses}\n{teleports}\nFigure 6, and the numbers of all methods: {folder}")
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    run.run(main)

@@ -11,23 +11,23 @@ from torch import nn
 
 from lstm import LSTM
 from models import LeakyReLU
-from teleportation import FIRST_ORDER, pseudoinverse
+from teleportation import inverse_group_action_first_order, pseudoinverse
 
 N = 20  # X, Y, W_0 and W_1 are N×N
-SIZES = {"lr": 1, "update": 2 * N * N, "T": N * N}  # of what an LSTM can give
+SIZES = {"lr": 1, "update": 2 * N * N, "T": N * N}  # of the outputs that an LSTM can have
 UNROLL = 10  # steps from one step of Adam to the next
 FIRST_LR, LR_RANGE = 1e-4, (1e-7, 5e-3)  # an LSTM's step size at the first step, and after it
 UPDATE_RANGE = 1e7  # the most that a step adds to a weight
 T_NORM = 0.01  # |T|_F
 RANGES = [FIRST_LR, *LR_RANGE, UPDATE_RANGE, T_NORM]
-P = 10  # e^-P is the smallest gradient whose logarithm is taken
-ACTION, ACTIVATION = FIRST_ORDER, LeakyReLU()
+P = 10  # e^−P is the smallest gradient whose logarithm is taken
+ACTIVATION = LeakyReLU()  # one with an inverse
 
 
 class Network(NamedTuple):
-    """An LSTM: what it gives, names in SIZES, its hidden size, and Adam's learning rate for it."""
+    """An LSTM: its outputs, names in SIZES, its hidden size, and Adam's learning rate for it."""
 
-    gives: tuple
+    outputs: tuple
     hidden: int
     lr: float
 
@@ -73,52 +73,54 @@ def new_training(networks, scaled, seed):
     torch.manual_seed(seed)
     inputs = SIZES["update"] * (2 if scaled else 1)
     scale = [sign_and_log] * scaled
-    lstms = [LSTM(inputs, n.hidden, {k: SIZES[k] for k in n.gives}, *scale) for n in networks]
+    lstms = [LSTM(inputs, n.hidden, {k: SIZES[k] for k in n.outputs}, *scale) for n in networks]
     groups = [{"params": a.transposed.values(), "lr": n.lr} for a, n in zip(lstms, networks)]
     return nn.ModuleList(lstms), torch.optim.Adam(groups, fused=True)
 
 
-class Learned:
-    """What LSTMs do to the weights of a Problem, from the beginning of its trajectories."""
+class LearnedOptimizer:
+    """LSTMs as an optimizer for `rollout`, with their states along a Problem's trajectories."""
 
     def __init__(self, lstms, problem):
         self.lstms, self.problem = lstms, problem
         self.states = [lstm.zero_state(problem.w[..., 0, 0, 0].numel()) for lstm in lstms]
-        self.given = {}  # what the LSTMs gave last: {name in SIZES: [runs, size]}
-        self.cut()
+        self.outputs = {}  # the latest: {name in SIZES: [runs, size]}
 
-    def ask(self, gradient, updating):
-        """Feed the gradient to the LSTMs that give an update, or to the others."""
+    def feed(self, gradient, updating):
+        """Feed the gradient to the LSTM whose output is an update, or to the others."""
         x = gradient.reshape(-1, SIZES["update"])
         for k, lstm in enumerate(self.lstms):
             if ("update" in lstm.names) == updating:
                 outputs, self.states[k] = lstm(x, self.states[k])
-                self.given |= outputs
+                self.outputs |= outputs
 
     def step(self, t, w, gradient):
-        """Return the weights after step t: by an update, or by a step size given a step before."""
-        self.ask(gradient, updating=True)
-        if "update" in self.given:
-            return w + self.given["update"].clamp(-UPDATE_RANGE, UPDATE_RANGE).view_as(w)
-        lr = self.given["lr"].clamp(*LR_RANGE).view(*w.shape[:-3], 1, 1, 1) if t else FIRST_LR
+        """Return the weights after step t, by an update or by gradient descent.
+
+        The step size of gradient descent is the LSTM's output of the step before.
+        """
+        self.feed(gradient, updating=True)
+        if "update" in self.outputs:
+            return w + self.outputs["update"].clamp(-UPDATE_RANGE, UPDATE_RANGE).view_as(w)
+        lr = self.outputs["lr"].clamp(*LR_RANGE).view(*w.shape[:-3], 1, 1, 1) if t else FIRST_LR
         return w - lr * gradient
 
     def teleport(self, w, gradient):
-        """Return the weights after the action of I + T, if LSTMs give T for the step's gradient."""
-        self.ask(gradient, updating=False)
-        if "T" not in self.given:
+        """Return the weights after the action of g = I + T, if T is among the LSTMs' outputs."""
+        self.feed(gradient, updating=False)
+        if "T" not in self.outputs:
             return w
-        T, (x, x_pinv, *_) = self.given["T"], self.problem
-        g = ACTION.element((T * (T_NORM / T.norm(dim=-1, keepdim=True))).view_as(x))
+        T, (x, x_pinv, *_) = self.outputs["T"], self.problem
+        g = torch.eye(N).to(x) + (T * (T_NORM / T.norm(dim=-1, keepdim=True))).view_as(x)
         V, U = w.unbind(-3)
-        U, V = ACTION.act(U, V, x, g, ACTIVATION, x_pinv)
+        U, V = inverse_group_action_first_order(U, V, x, g, ACTIVATION, x_pinv)
         return torch.stack([V, U], -3)
 
-    def cut(self):
-        """Begin a new window: the states become constants."""
+    def begin_window(self):
+        """Make the states constants, so that what comes teaches the LSTMs nothing about before."""
         self.states = [[(h.detach(), c.detach()) for h, c in state] for state in self.states]
         for lstm in self.lstms:
-            lstm.forget()
+            lstm.begin_window()
 
     def __call__(self, t, w, gradient):
         return self.teleport(self.step(t, w, gradient), gradient)
@@ -127,10 +129,11 @@ class Learned:
 def train_trajectory(lstms, adam, problem, steps):
     """Train LSTMs on a trajectory of one Problem; return the last loss that they learn from.
 
-    The meta-loss is the sum of the losses since Adam's last step, and its gradient in the weights
-    of a step that of their loss. What would come after its last step in `steps` trains nothing.
+    The meta-loss is the sum of the losses since Adam's last step; as published, the gradients that
+    the LSTMs read are constants. Of the `steps`, those after Adam's last one are left out.
     """
-    learned, w, visited = Learned(lstms.train(), problem), problem.w, []
+    optimizer, w, visited = LearnedOptimizer(lstms.train(), problem), problem.w, []
+    optimizer.begin_window()
     for t in range((steps - 1) // UNROLL * UNROLL + 1):
         loss, gradient = loss_and_gradient(w, problem)
         visited += [(w, gradient)] * w.requires_grad
@@ -139,12 +142,12 @@ def train_trajectory(lstms, adam, problem, steps):
             torch.autograd.backward(*zip(*visited))
             for lstm in lstms:
                 lstm.backward()
-        w = learned.step(t, w, gradient)  # by the LSTMs as they were
+        w = optimizer.step(t, w, gradient)  # by the LSTMs as they were
         if learning:
             adam.step()
-            learned.cut()
+            optimizer.begin_window()
             w, visited = w.detach(), []
-        w = learned.teleport(w, gradient)
+        w = optimizer.teleport(w, gradient)
     return loss
 
 

@@ -1,26 +1,32 @@
 """What the tests share: the published code's outputs and the inputs they belong to."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-# tests are small: a second thread only waits, and badly where the machine has other work
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from experiment.run import run
+from models import LeakyReLU, init_weights
+from teleportation import random_directions, random_generators
 
-from experiment.files import ROOT  # noqa: E402
-from experiment.launch import run  # noqa: E402
-
-import torch  # noqa: E402
-
-from models import LeakyReLU, init_weights  # noqa: E402
-from teleportation import random_directions, random_generators  # noqa: E402
+torch.set_num_threads(1)  # as in the scripts
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+def bar_until(updates):
+    """Return a progress bar, with its count `n`, that interrupts at an update, as Ctrl-C does."""
+
+    def update(n=1):
+        bar.n += n
+        if bar.n >= updates:
+            raise KeyboardInterrupt
+
+    bar = SimpleNamespace(n=0, update=update)
+    return bar
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +60,8 @@ def golden(request):
 
 
 @pytest.fixture
-def run_script():
-    """Run one of the repository's scripts; returns the finished process with its output."""
-
-    def run_script(script, *arguments, **options):
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-    return run_script
-
-
-@pytest.fixture
 def call(monkeypatch, capsys):
-    """Do what `run_script` does in this process, which has imported the script, and is faster."""
+    """Run a script in this process, which has imported it; return its status and its output."""
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])

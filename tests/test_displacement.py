@@ -2,12 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
 from itertools import pairwise
-
-from experiment import files
-from experiment.files import ROOT
 
 import numpy as np
 import pytest
@@ -16,8 +11,9 @@ from scipy.special import ellipeinc
 
 import displacement_integration as displacement
 
-FIGURES = ("integral_kx_sqr", "integral_circle", "collapse")
 CURVATURES = (0, 0.01, 0.3, 0.5, 1, 7, 40)
+# mean distance / r of the parabola, by k r
+KNOWN = {0: 0.63662, 0.5: 0.62106, 1: 0.61401, 2: 0.62979, 4: 0.66174, 16: 0.72763}
 
 
 def brute_force(x, y, k):
@@ -37,82 +33,32 @@ def cubic_distance(x, y, k):
     return np.hypot(t - x, k * t**2 - y).min()
 
 
-def segment_distance(point, start, end):
-    along = end - start
-    share = np.clip(np.dot(point - start, along) / np.dot(along, along), 0, 1)
-    return np.linalg.norm(point - start - share * along)
-
-
 @pytest.mark.parametrize("k", CURVATURES)
 def test_parabola_distance_is_the_least(k):
     x, y = np.random.default_rng(0).uniform(-3, 3, (2, 40))
-    expected = [brute_force(*point, k) for point in zip(x, y, strict=True)]
+    expected = [brute_force(*point, k) for point in zip(x, y)]
     np.testing.assert_allclose(displacement.parabola_distance(x, y, k), expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("k", CURVATURES[1:])
-def test_parabola_distance_about_the_centre_of_curvature(k):
+def test_parabola_distance_around_the_centre_of_curvature(k):
     centre = 1 / (2 * k)
     offset = centre * np.array([0, 1e-12, 1e-6, 1e-3, -1e-12, -1e-6, -1e-3])
     x, y = (grid.ravel() for grid in np.meshgrid(offset, centre + offset))
     distance = displacement.parabola_distance(x, y, k)
-    expected = [brute_force(*point, k) for point in zip(x, y, strict=True)]
+    expected = [brute_force(*point, k) for point in zip(x, y)]
     np.testing.assert_allclose(distance, expected, rtol=1e-9)
     assert displacement.parabola_distance(0, centre, k) == pytest.approx(centre, rel=1e-15)
 
 
-def test_parabola_distance_on_the_axis_within():
-    """Of three roots, x = 0 is a root and the farthest: the two others are nearest."""
-    k, y = 2.0, np.array([0.5, 1, 5])
-    expected = np.sqrt(y / k - 1 / (4 * k**2))
-    np.testing.assert_allclose(displacement.parabola_distance(0, y, k), expected, rtol=1e-14)
-
-
-@pytest.mark.parametrize("k", CURVATURES)
-def test_distance_is_zero_on_the_curve(k):
-    t = np.linspace(-2, 2, 41)
-    scale = np.hypot(t, k * t**2)
-    assert (displacement.parabola_distance(t, k * t**2, k) <= 1e-14 * scale).all()
-    angle = np.linspace(0, 7, 41)
-    x, y = (1 + k) * np.cos(angle), (1 + k) * (1 + np.sin(angle))
-    assert displacement.circle_distance(x, y, 1 + k).max() <= 1e-14 * (1 + k)
-
-
-def test_line_is_the_parabola_with_k_0():
-    x, y = np.random.default_rng(1).uniform(-3, 3, (2, 100))
-    np.testing.assert_allclose(displacement.parabola_distance(x, y, 0), np.abs(y), atol=1e-15)
-
-
-@pytest.mark.parametrize("spacing", (0.05, 0.1, 0.7))
-@pytest.mark.parametrize("k", (0, 0.3, 5, 40))
-def test_polyline_distance_by_segments(k, spacing):
-    points = np.random.default_rng(2).uniform(-1.5, 1.5, (25, 2))
-    x = spacing * np.arange(-150, 151)
-    vertices = np.stack([x, k * x**2], axis=1)
-    expected = [min(segment_distance(p, *ends) for ends in pairwise(vertices)) for p in points]
-    distance = displacement.polyline_distance(*points.T, k, spacing)
-    np.testing.assert_allclose(distance, expected, atol=1e-12)
-
-
-KNOWN = {0: 0.63662, 0.5: 0.62106, 1: 0.61401, 2: 0.62979, 4: 0.66174, 16: 0.72763}
-
-
 @pytest.mark.parametrize("r", displacement.PARABOLA_RADII)
-def test_parabola_values(r):
-    k = np.array(list(KNOWN)) / r
-    mean = displacement.parabola_displacement(k, r)
+def test_parabola_displacement_has_the_known_values_which_depend_on_kr_alone(r):
+    mean = displacement.parabola_displacement(np.array(list(KNOWN)) / r, r)
     np.testing.assert_allclose(mean, list(KNOWN.values()), rtol=0, atol=1e-5)
 
 
-def test_parabola_displacement_depends_on_kr_alone():
-    kr = np.geomspace(1e-3, 80, 60)
-    one, *others = (displacement.parabola_displacement(kr / r, r) for r in (1, 2, 0.1, 1e-6, 1e6))
-    for other in others:
-        np.testing.assert_allclose(other, one, rtol=1e-12)
-
-
 @pytest.mark.parametrize("k", (0.1, 0.49, 0.5, 0.501, 1, 16, 80))
-def test_parabola_quadrature_to_1e_8(k):
+def test_parabola_displacement_is_exact_to_1e_8(k):
     """Against adaptive quadrature of other distances; at k = 0.5 the centre is on the circle."""
     x = np.sqrt((np.sqrt(1 + 4 * k**2) - 1) / (2 * k**2))
     crossing = math.atan2(k * x**2, x)
@@ -121,26 +67,11 @@ def test_parabola_quadrature_to_1e_8(k):
         quad(lambda a: cubic_distance(np.cos(a), np.sin(a), k), *ends, epsabs=1e-10)[0]
         for ends in pairwise(breaks)
     )
-    assert displacement.parabola_displacement(k, 1) == pytest.approx(
-        total / (2 * np.pi), rel=0, abs=1e-8
-    )
+    mean = displacement.parabola_displacement(k, 1)
+    assert mean == pytest.approx(total / (2 * np.pi), rel=0, abs=1e-8)
 
 
-def test_quadrature_has_converged(monkeypatch):
-    """Also where it is hardest, with the centre of curvature on, or just off, the circle."""
-    near = np.geomspace(1e-12, 0.4, 50)
-    parabolas = np.concatenate([np.linspace(0, 80, 100), 0.5 + near, 0.5 - near])
-    circles = np.concatenate([1 / near, 1 + near, 1 - near])
-    coarse = [displacement.parabola_displacement(parabolas, 1)]
-    coarse.append(displacement.circle_displacement(circles, 1))
-    monkeypatch.setattr(displacement, "NODES", 300)
-    fine = [displacement.parabola_displacement(parabolas, 1)]
-    fine.append(displacement.circle_displacement(circles, 1))
-    for one, other in zip(coarse, fine, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
-
-
-def test_circle_is_an_elliptic_integral():
+def test_circle_displacement_is_an_elliptic_integral():
     k, r = np.array([0.03, 0.1, 0.101, 0.5, 10]), 0.1  # the first does not reach the circle
     crossing = np.arcsin(np.minimum(r / (2 * k), 1))
     m = 4 * k * r / (k + r) ** 2
@@ -149,90 +80,33 @@ def test_circle_is_an_elliptic_integral():
     np.testing.assert_allclose(displacement.circle_displacement(k, r), expected, atol=1e-8)
 
 
-def test_polyline_is_a_v_within_its_spacing():
-    k = np.array([0, 1, 10, 40.0])
-    slope = np.arctan(0.1 * k)
-    expected = (slope + 2 - np.sin(slope)) / np.pi
-    for r in (0.1, 0.05):
-        mean = displacement.polyline_displacement(k, r, spacing=0.1)
-        np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("r", (0.1, 0.05))
+def test_the_published_polyline_is_a_v(r):
+    """By the distances of 2,000 points of the circle to the segments of 30 vertices."""
+    k, angle = np.array([[0.3], [1], [10], [40]]), np.pi * ((np.arange(2000) + 0.5) / 2000 - 0.5)
+    x, y, nearest = r * np.cos(angle), r * np.sin(angle), np.inf
+    for a, b in pairwise(0.1 * np.arange(-15, 15)):
+        along = b - a, k * b**2 - k * a**2
+        share = ((x - a) * along[0] + (y - k * a**2) * along[1]) / (along[0] ** 2 + along[1] ** 2)
+        share = share.clip(0, 1)
+        distance = np.hypot(x - a - share * along[0], y - k * a**2 - share * along[1])
+        nearest = np.minimum(nearest, distance)
+    mean = nearest.mean(1) / r
+    np.testing.assert_allclose(displacement.polyline_displacement(k[:, 0]), mean, atol=1e-6)
 
 
-def test_fine_polyline_is_the_parabola():
-    k = np.array([0, 0.5, 5])
-    mean = displacement.polyline_displacement(k, 1, spacing=0.002)
-    np.testing.assert_allclose(mean, displacement.parabola_displacement(k, 1), atol=2e-5)
-
-
-def results_of(folder):
-    for name in FIGURES:
-        stem = folder / f"curvature_displacement_{name}"
-        assert stem.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-        assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    others = {"displacement.npz", "summary.json", "table.md"}
-    assert {path.name for path in folder.iterdir() if path.suffix not in (".pdf", ".png")} == others
-    results = files.read(folder / "displacement.npz")
-    return results, json.loads((folder / "summary.json").read_text("utf-8"))["displacement"]
-
-
-def test_script_draws_the_exact_figure_and_draws_it_again(tmp_path):
-    command = [sys.executable, ROOT / "displacement_integration.py", "--output", tmp_path]
-    subprocess.run(command, cwd=tmp_path, check=True)
+def test_the_script_draws_figure_7_and_draws_it_again(call, tmp_path):
+    first = call(displacement, "--output", tmp_path)
+    assert first.returncode == 0, first.stderr
     folder = tmp_path / "figures/displacement"
-    results, summary = results_of(folder)
-    assert results.settings["parabola_drawn"] == "exact"
-    arrays, k = results.arrays, displacement.PARABOLA_K
-    for i, r in enumerate(displacement.PARABOLA_RADII):
-        expected = displacement.parabola_displacement(k, r)
-        np.testing.assert_array_equal(arrays["parabola_exact"][i], expected)
-        expected = displacement.polyline_displacement(k, r, 0.1)
-        np.testing.assert_array_equal(arrays["parabola_polyline"][i], expected)
-        error = np.abs(arrays["parabola_polyline"][i] - arrays["parabola_exact"][i]).max()
-        assert summary["polyline_largest_error"][str(r)] == pytest.approx(error, abs=1e-5)
-    for i, r in enumerate(displacement.CIRCLE_RADII):
-        expected = displacement.circle_displacement(displacement.CIRCLE_K, r)
-        np.testing.assert_array_equal(arrays["circle_exact"][i], expected)
-    lowest, back = summary["parabola_lowest"], summary["parabola_back_at_straight_line"]
-    around = displacement.parabola_displacement(lowest["kr"] + np.array([-0.01, 0, 0.01]), 1)
-    assert lowest["mean"] == pytest.approx(around[1], abs=1e-6) and around.argmin() == 1
-    assert displacement.parabola_displacement(back["kr"], 1) == pytest.approx(2 / np.pi, abs=2e-5)
-    assert summary["circle_lowest"] == pytest.approx(arrays["circle_exact"].min(), abs=1e-6)
-
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    subprocess.run([*command, "--plot-only"], cwd=tmp_path, check=True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
-
-
-def test_script_draws_the_polyline(monkeypatch, call, tmp_path):
-    drawn = {}
-    draw_panel = displacement.draw_panel
-
-    def spy(curvature, radii, curves, title):
-        drawn[title] = curves
-        return draw_panel(curvature, radii, curves, title)
-
-    monkeypatch.setattr(displacement, "draw_panel", spy)
-    done = call(displacement, "--polyline", "0.3", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    results, _ = results_of(tmp_path / "figures/displacement-polyline-0.3")
-    assert results.settings == {"parabola_drawn": "polyline", "spacing": 0.3}
-    curves = drawn["Parabola $y = k x^2$: polyline, 0.3 apart"]
-    for r, curve in zip(displacement.PARABOLA_RADII, curves):
-        expected = displacement.polyline_displacement(displacement.PARABOLA_K, r, 0.3)
-        np.testing.assert_array_equal(curve, expected)
-
-
-@pytest.mark.parametrize("value", ("-1", "0", "nan", "inf", "1e-9", "11", "one", ""))
-def test_bad_spacing_is_one_sentence(call, tmp_path, value):
-    done = call(displacement, "--polyline", value, "--output", tmp_path)
-    assert done.returncode == 2
-    sentence = f"argument --polyline: {value!r} is not a number from 0.001 to 10\n"
-    assert done.stderr.endswith(sentence)
-    assert not list(tmp_path.iterdir())
-
-
-def test_output_that_is_a_file(call, tmp_path):
-    (tmp_path / "file").write_text("kept")
-    done = call(displacement, "--output", tmp_path / "file")
-    assert done.returncode == 2 and str(tmp_path / "file") in done.stderr
-    assert (tmp_path / "file").read_text() == "kept"
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    lowest = summary["k r where it is lowest"]
+    around = displacement.parabola_displacement(lowest + np.array([-0.01, 0, 0.01]), 1)
+    assert around.argmin() == 1 and summary["parabola: lowest"] == pytest.approx(around[1])
+    back = displacement.parabola_displacement(summary["k r where it is a straight line's again"], 1)
+    assert back == pytest.approx(2 / np.pi, abs=2e-5)
+    assert summary["largest error of the polyline, r = 0.1"] == pytest.approx(0.088, abs=1e-3)
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {"figure_7.png", "figure_7.pdf", "table.md"} <= {path.name for path in files}
+    assert call(displacement, "--output", tmp_path, "--plot-only").stdout == first.stdout
+    assert {path: path.read_bytes() for path in files} == files

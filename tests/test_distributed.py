@@ -1,135 +1,64 @@
-"""correlation.py in ranks: the same numbers, and nothing lost when ranks or launches end early."""
+"""The same numbers, to the last bit, on any number of worker processes, ranks and threads."""
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-
-from experiment.files import ROOT
 
 import numpy as np
 import pytest
 
-from test_correlation import arrays, assert_same
+from experiment.results import ROOT
 
-# small stacks, no figures; FAULT ends rank 1 when it has two stacks, or keeps it from the barrier
-SCRIPT = """
-import os, signal, time
-import correlation
-from experiment import files, launch
-
-def draw(*_):
-    pass
-
-def save(path, settings, arrays, *made_with):
-    original(path, settings, arrays, *made_with)
-    if "test_loss" in arrays and os.environ.get("RANK") == "1":
-        done.append(path)
-        if len(done) == 2 and FAULT == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if len(done) == 1 and FAULT == "wait":
-            time.sleep(60)
-
-FAULT, original, done = os.environ.get("FAULT"), files.save, []
-correlation.draw, files.save = draw, save
-correlation.RUNS_PER_STACK = dict.fromkeys(correlation.RUNS_PER_STACK, 2)
-correlation.SWEEP_BATCHES, correlation.RESCALING_STEPS = 2, 1
-launch.run(correlation.main)
-"""
-ARGUMENTS = ["--sample", "--dataset", "MNIST", "FashionMNIST", "--runs", "5", "--epochs", "3"]
-ARGUMENTS += ["--batches", "2", "--output"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun as on a cluster")
+# teleports: they turn what QR rounds otherwise on more threads into differences that last
+OPTIONS = ["--sample", "--optimizer", "Adam", "--runs", "2", "--epochs", "1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
+def arrays_of(tmp_path_factory):
+    """Run teleport_optimization.py; return {(file in logs/, key): array} without the times."""
+
+    def arrays_of(launcher=(), options=(), **more):
+        folder = tmp_path_factory.mktemp("output")
+        script = [ROOT / "teleport_optimization.py", *OPTIONS, *options, "--output", folder]
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | more
+        done = subprocess.run(
+            [sys.executable, *launcher, *script], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        arrays = {}
+        for path in folder.rglob("logs/**/*.npz"):
+            with np.load(path) as file:
+                keys = [key for key in file.files if key != "about" and "seconds" not in key]
+                arrays |= {(path.name, key): file[key] for key in keys}
+        return arrays
+
+    return arrays_of
 
 
 @pytest.fixture(scope="module")
-def start(folder):
-    """Start the script with an output folder; ranks: under torchrun, or by RANK, WORLD_SIZE."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    base = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = []
-
-    def start(output, ranks=None, **environment):
-        launcher = [*TORCHRUN, str(ranks)] if ranks else []
-        command = [sys.executable, *launcher, script, *ARGUMENTS, folder / output]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, env=base | environment, **pipes))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def expected(arrays_of):
+    arrays = arrays_of(options=["--processes", "1"])
+    assert len({name for name, _ in arrays}) == 2  # stacks
+    return arrays
 
 
-@pytest.fixture(scope="module")
-def expected(folder, start):
-    """The numbers of two launches at once, neither in ranks, on the same logs/."""
-    for process in [start("one"), start("one")]:
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-    assert not list(folder.rglob("*.part"))
-    found = arrays(folder / "one")
-    # of each dataset: three stacks, their estimates and radii, and rescalings of the first
-    assert len({name for name, _ in found}) == 2 * (3 * 3 + 1)
-    return found
-
-
-def finished(folder):
-    """Return {path: time of its last change} of the stacks in logs/ that are finished."""
-    found = {}
-    for path in folder.rglob("logs/**/runs*.npz"):
-        with np.load(path) as archive:
-            if "test_loss" in archive.files:
-                found[path] = path.stat().st_mtime_ns
-    return found
-
-
-def test_four_ranks_give_the_same_numbers(folder, start, expected):
-    four = start("four", ranks=4)
-    output, _ = four.communicate(timeout=60)
-    assert four.returncode == 0, output
-    assert output.count("summary.json and table.md are in") == 1
-    assert_same(expected, arrays(folder / "four"))
-
-
-def test_a_killed_rank_and_ctrl_c_lose_nothing(folder, start, expected):
-    two = folder / "two"
-    killed = start("two", ranks=2, FAULT="kill")
-    output, _ = killed.communicate(timeout=60)
-    assert killed.returncode == 1
-    assert "rank      : 1" in output and "Signal 9 (SIGKILL)" in output
-    before = finished(two)
-    assert 2 <= len(before) < 6
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [start("two", RANK=str(rank), FAULT="wait", **group) for rank in range(2)]
-    while len(finished(two)) < 6:
-        assert all(process.poll() is None for process in ranks)
-        time.sleep(0.05)
-    time.sleep(0.2)  # rank 0 waits for rank 1
-    interrupted = time.monotonic()
-    for process in ranks:
-        process.send_signal(signal.SIGINT)
-    outputs = [process.communicate(timeout=10)[0] for process in ranks]
-    assert time.monotonic() - interrupted < 10
-    assert [process.returncode for process in ranks] == [130, 130]
-    assert ["Run the same command to resume" in output for output in outputs] == [True, False]
-    assert "Traceback" not in "".join(outputs)
-
-    last = start("two")
-    output, _ = last.communicate(timeout=60)
-    assert last.returncode == 0, output
-    assert before.items() <= finished(two).items()  # what was there is not done again
-    assert_same(expected, arrays(two))
+@pytest.mark.parametrize(
+    ("launcher", "options", "threads"),
+    [
+        ([], ["--processes", "2"], None),
+        ([], ["--processes", "1"], "2"),
+        pytest.param(
+            TORCHRUN, [], "2", marks=pytest.mark.skipif(sys.platform != "linux", reason="gloo")
+        ),
+    ],
+    ids=["two workers", "two threads", "two ranks"],
+)
+def test_numbers_do_not_depend_on_processes_ranks_or_threads(
+    arrays_of, expected, launcher, options, threads
+):
+    more = {"OMP_NUM_THREADS": threads} if threads else {}
+    arrays = arrays_of(launcher, options, **more)
+    assert arrays.keys() == expected.keys()
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[key], err_msg=str(key))

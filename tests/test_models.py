@@ -5,8 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import models
 from models import (
     MLP,
+    Identity,
+    LeakyReLU,
+    ReLU,
+    Tanh,
     cross_entropy,
     evaluate,
     forward,
@@ -55,12 +60,16 @@ def plain_training(weights, x, y, make_optimizer, epochs=2, batch_size=20):
     return [w.detach() for w in weights], torch.stack(means)
 
 
-def test_activation_has_its_inverse_and_derivative(activation):
-    x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("activation", [LeakyReLU(), ReLU(), Tanh(), Identity()], ids=repr)
+def test_activations_have_their_derivative_inverse_and_homogeneity(activation):
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
     y = activation(x)
-    torch.testing.assert_close(activation.inverse(y), x)
     (slope,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(activation.derivative(x.detach()), slope)
+    torch.testing.assert_close(activation.derivative(x), slope)
+    if hasattr(activation, "inverse"):
+        torch.testing.assert_close(activation.inverse(y), x)
+    if getattr(activation, "homogeneous", False):
+        torch.testing.assert_close(activation(3 * x), 3 * y)
 
 
 def test_initial_weights_are_the_published_ones(golden):
@@ -133,3 +142,62 @@ def test_a_loss_that_is_not_finite_is_named(activation):
     model = MLP(double_weights([1, 2]), activation)
     with pytest.raises(FloatingPointError, match="not finite at step"):
         train_epoch(model, x, y, torch.optim.SGD(model.parameters(), lr=1e200))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_from_saved_weights_and_state(name, activation):
+    x, y = made_up_data(60)
+    model = MLP(double_weights([1, 2]), activation)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train_epoch(model, x, y, optimizer)
+    saved = models.to_arrays(model.weights) | models.optimizer_to_arrays(optimizer)
+    saved = {key: value.clone().numpy() for key, value in saved.items()}
+    train_epoch(model, x, y, optimizer)
+
+    again = MLP(models.from_arrays(saved | {"other": np.zeros(3)}), activation)
+    optimizer = OPTIMIZERS[name](again.parameters())
+    models.optimizer_from_arrays(optimizer, saved)
+    train_epoch(again, x, y, optimizer)
+    for w, expected in zip(again.weights, model.weights):
+        assert torch.equal(w, expected)
+
+
+def test_diverged_networks_are_marked_and_replaced():
+    weights = double_weights([1, 2, 3])
+    weights[1][0, 0, 0], weights[2][2, 0, 0] = float("nan"), 1e7
+    diverged = torch.zeros(3, dtype=bool)
+    models.replace_diverged(weights, diverged)
+    assert diverged.tolist() == [True, False, True]
+    for w in weights:
+        assert torch.equal(w[0], w[1]) and torch.equal(w[2], w[1])
+    weights[0][:] = float("inf")
+    with pytest.raises(ValueError, match="all networks diverge"):
+        models.replace_diverged(weights, diverged)
+
+
+BAD = {
+    "labels of another number": (lambda w, x, y: (w, x, y[:7]), r"y must be int64 \[330\]"),
+    "labels of another type": (lambda w, x, y: (w, x, y.int()), "not torch.int32"),
+    "labels that are no class": (lambda w, x, y: (w, x, y + 3), "labels must be 0 to 9"),
+    "no samples": (lambda w, x, y: (w, x[:0], y[:0]), r"x must be \[12, n\] with n > 0"),
+    "samples of another size": (lambda w, x, y: (w, x[:, 1:], y), r"not \[11, 330\]"),
+    "samples of another type": (lambda w, x, y: (w, x.float(), y), "floating-point type and dev"),
+    "integers": (lambda w, x, y: ([v.long() for v in w], x.long(), y), "one floating-point type"),
+    "another device": (lambda w, x, y: (w, x.to("meta"), y), "on meta"),
+    "layers that do not fit": (lambda w, x, y: ([w[0], w[2]], x, y), "weights must be"),
+    "other runs in a layer": (lambda w, x, y: ([w[0][:1], *w[1:]], x, y), "weights must be"),
+    "no layers": (lambda w, x, y: ([], x, y), "weights must be"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_does_not_fit_is_named(bad, activation):
+    spoil, words = BAD[bad]
+    weights, x, y = spoil(double_weights([1, 2]), *made_up_data())
+    for function in (
+        lambda: cross_entropy(weights, x.T, y, activation),
+        lambda: evaluate(weights, x, y, activation),
+        lambda: train_epoch_sgd(weights, x, y, 0.1, activation),
+    ):
+        with pytest.raises(ValueError, match=words):
+            function()

@@ -1,353 +1,266 @@
-"""teleport_optimization.py: every arm on the sample, the controls, kill and resume."""
+"""teleport_optimization.py: every arm on the sample, its controls, and the same numbers always."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-import time
-
-from experiment import files
-from experiment.files import UserError
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import models
 import teleport_optimization as script
+import teleportation
+from conftest import bar_until
 from data import load_sample, shuffled_batch
-from models import MLP, TRAINING, LeakyReLU, cross_entropy, init_weights, train_epoch
-from teleportation import gradient_norm_squared, inner_product
+from experiment import results
+from models import MLP, TRAINING, LeakyReLU, init_weights
+from teleportation import gradient_norm_squared
 
-RUNS, EPOCHS = 3, 4
-WIDTHS = TRAINING["MNIST"].widths
-PUBLISHED = script.STUDIES["published"]
-ARMS = list(PUBLISHED.arms)
-STACKS = dict(zip(("kept", "renewed"), script.stacks_of(PUBLISHED)))
-
-MOVE = script.move_arm
-
-
-class Bar:
-    """A progress bar that interrupts after some updates."""
-
-    def __init__(self, updates=None):
-        self.left = updates
-
-    def update(self, n=1):
-        if self.left is not None:
-            self.left -= n
-            if self.left == 0:
-                raise KeyboardInterrupt
+RUNS = 2
+SMALL = ("--sample", "--runs", RUNS)
+FOLDER = f"figures/sample/{RUNS}runs-1epochs"
+BAR = SimpleNamespace(update=lambda n=1: None)
+WEIGHTS = init_weights(TRAINING["MNIST"].widths, [1, 2, 3])
+CURVES = "train_loss", "test_loss", "test_accuracy"
+# of the published seeds after an epoch of the sample, RMSprop: test loss, and |∇L|² on the
+# teleports' batches before the first and before the last move
+GOLDEN = {
+    "plain": ([2.2498631, 2.2472222], None, None),
+    "kept": ([2.1469622, 2.2162325], [0.0330986, 0.0304037], [0.0526292, 0.0515132]),
+    "teleport": ([2.1271753, 2.1928449], [0.0330986, 0.0304037], [0.0466754, 0.0525767]),
+    "reset": ([2.2251716, 2.2272923], None, None),
+}
 
 
-def train(name, stack, folder, bar=None, epochs=EPOCHS, arms=None):
-    experiment = script.EXPERIMENTS[name]
-    path, arms = folder / f"{name}-{stack}.npz", arms or STACKS[stack]
-    return script.train_stack(
-        load_sample("MNIST"), experiment, arms, RUNS, epochs, path, {}, bar or Bar()
+def options(folder, epochs=1, runs=RUNS):
+    """Return options as `parse_arguments` does."""
+    device = torch.device("cpu")
+    return Namespace(output=folder, sample=True, device=device, epochs=epochs, runs=runs)
+
+
+def train(folder, optimizer, arms, epochs=1, **setting):
+    """Train {name: Arm} on the sample as one stack; return what is saved."""
+    setting = script.OPTIMIZERS[optimizer]._replace(**setting)
+    moving = [name for name, arm in arms.items() if arm.move]
+    moments = {setting.epoch: {k: dict.fromkeys(moving, k) for k in range(script.MOVES)}}
+    log = results.Log(folder / f"{optimizer}.npz", {"arms": list(arms)}, (script.__file__,))
+    script.train_arms(log, "MNIST", setting, arms, moments, options(folder, epochs), BAR)
+    return results.load(log, epochs).arrays
+
+
+def some_arms(*names):
+    return {name: script.ARMS[name] for name in names}
+
+
+def logs(folder):
+    """Return the arrays, but for seconds, of every file in logs/, by path and name."""
+    return {
+        (str(path.relative_to(folder)), key): array
+        for path in sorted((folder / "logs").rglob("*.npz"))
+        for key, array in results.read(path).arrays.items()
+        if "seconds" not in key
+    }
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and a
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=str(key))
+
+
+def test_the_sample_ends_with_table_and_figures(tmp_path, call):
+    chosen = [*SMALL, "--epochs", 1, "--optimizer", "RMSprop", "--output", tmp_path]
+    done = call(script, *chosen, "--processes", 1)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / FOLDER
+    names = {path.name for path in folder.rglob("*.*")}
+    figures = {"figure_5.png", "figure_5.pdf", "figure_13.png", "figure_13.pdf", "controls.png"}
+    assert names == figures | {"RMSprop.npz", "summary.json", "table.md"}
+    folder = folder / "optimization" / "MNIST"
+    arrays = results.read(folder / "RMSprop.npz").arrays
+    assert arrays["arms"].tolist() == list(script.ARMS)
+    assert arrays["moves"].shape == (script.MOVES, len(script.ARMS), 4, RUNS)
+    plain, kept = arrays["test_loss"][0, :2].astype(float)
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))["RMSprop"]
+    assert summary["differences"]["kept − plain"]["1"]["mean"] == pytest.approx(
+        np.mean(kept - plain)
     )
+    table = (folder / "table.md").read_text("utf-8")
+    assert table in done.stdout
+    shutil.rmtree(tmp_path / "logs")
+    assert call(script, *chosen, "--plot-only").stdout == done.stdout
+    assert (folder / "table.md").read_text("utf-8") == table
+    other = call(script, *chosen, "--plot-only", "--epochs", 2)
+    assert other.returncode == 2 and "run without --plot-only" in other.stderr
 
 
-@pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("name", ["AdaGrad", "momentum", "Adam"])
-def test_an_interrupted_stack_ends_with_the_same_numbers(tmp_path, name, stack):
-    whole = train(name, stack, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(name, stack, tmp_path / "cut", Bar(updates=3))
-    resumed = train(name, stack, tmp_path / "cut")
-    assert whole.keys() == resumed.keys()
-    for key in whole.keys() - {"seconds", "move_seconds"}:
-        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+def test_any_number_of_processes_and_threads_gives_the_same_numbers(tmp_path, call):
+    chosen = [*SMALL, "--epochs", 1, "--optimizer", "Adam"]
+    for n in (1, 2):
+        done = call(script, *chosen, "--processes", n, "--output", tmp_path / str(n))
+        assert done.returncode == 0, done.stderr
+    chosen += ["--processes", 1, "--output", tmp_path / "threads"]
+    command = [sys.executable, script.__file__, *map(str, chosen)]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
+    assert_same(logs(tmp_path / "1"), logs(tmp_path / "2"))
+    assert_same(logs(tmp_path / "1"), logs(tmp_path / "threads"))
 
 
-def test_arms_differ_as_they_say(tmp_path):
-    """Up to the first move all arms are one; reset moves nothing; random moves as far."""
-    kept, renewed = (train("AdaGrad", stack, tmp_path) for stack in STACKS)
-    loss = np.concatenate([kept["test_loss"], renewed["test_loss"]], axis=1)
-    arms = {arm: loss[:, i] for i, arm in enumerate(ARMS)}
-    first = script.EXPERIMENTS["AdaGrad"].epoch
-    for arm in ARMS[1:]:
-        np.testing.assert_allclose(arms[arm][:first], arms["plain"][:first], rtol=1e-5)
-        assert (np.abs(arms[arm][first:] - arms["plain"][first:]) > 1e-6).all(), arm
-    moves = np.concatenate([kept["moves"], renewed["moves"]], axis=1)
-    assert moves.shape == (script.TELEPORTS, len(ARMS), 5, RUNS)
-    for arm, moved in zip(ARMS, moves.swapaxes(0, 1)):
-        assert np.isnan(moved).all() == (arm == "plain")
-        if arm == "reset":
-            assert (moved[:, :2] == moved[:, 2:4]).all() and (moved[0, 4] == 0).all()
-        if arm in ("teleport", "kept"):
-            # |∇L|²; where an activation changes its sign on the way, it jumps, and may fall
-            assert moved[:, 3].mean() > moved[:, 1].mean()
-            assert (moved[0, 4] != 0).all() and np.isnan(moved[1:, 4]).all()
+@pytest.mark.parametrize("optimizer, epochs", [("AdaGrad", 4), ("momentum", 2), ("Adam", 2)])
+def test_an_interrupted_run_ends_with_the_same_numbers(tmp_path, optimizer, epochs):
+    for names in script.split(script.ARMS):
+        stack = script.Stack("MNIST", optimizer, names)
+        script.train(stack, options(tmp_path / "whole", epochs), BAR)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(stack, options(tmp_path / "cut", epochs), bar_until(epochs - 1))
+        script.train(stack, options(tmp_path / "cut", epochs), BAR)
+    assert_same(logs(tmp_path / "whole"), logs(tmp_path / "cut"))
 
 
-def test_for_plain_sgd_a_reset_changes_nothing(tmp_path):
-    plain = train("SGD", "kept", tmp_path)["test_loss"][:, 0]
-    reset = train("SGD", "renewed", tmp_path)["test_loss"][:, 1]
-    np.testing.assert_allclose(plain, reset, rtol=1e-5)
+def test_an_epoch_of_each_arm_is_that_of_earlier_versions(tmp_path):
+    for names in (("plain", "kept"), ("teleport", "reset")):
+        state = train(tmp_path / names[0], "RMSprop", some_arms(*names))
+        for i, name in enumerate(names):
+            loss, *norms = GOLDEN[name]
+            np.testing.assert_allclose(state["test_loss"][0, i], loss, rtol=2e-3)
+            for k, norm in zip((0, -1), norms):
+                if norm:
+                    np.testing.assert_allclose(state["moves"][k, i, 1], norm, rtol=1e-2)
+
+
+def test_an_arm_alone_is_the_arm_in_its_stack(tmp_path):
+    stack = train(tmp_path / "stack", "Adam", some_arms("teleport", "reset", "random"))
+    for i, name in enumerate(("teleport", "reset", "random")):
+        alone = train(tmp_path / name, "Adam", some_arms(name))
+        for curve in CURVES:
+            np.testing.assert_allclose(alone[curve][:, 0], stack[curve][:, i], rtol=1e-4)
+
+
+def test_up_to_the_first_move_all_arms_are_plain(tmp_path):
+    state = train(tmp_path, "AdaGrad", some_arms("plain", "kept"), 4)
+    plain, kept = state["test_loss"].swapaxes(0, 1)
+    first = script.OPTIMIZERS["AdaGrad"].epoch
+    np.testing.assert_allclose(kept[:first], plain[:first], rtol=1e-5)
+    assert (np.abs(kept[first:] - plain[first:]) > 1e-7).all()
 
 
 def test_reset_is_a_new_optimizer_before_each_of_the_first_batches(tmp_path):
-    data, experiment = load_sample("MNIST"), script.EXPERIMENTS["Adam"]
-    reset = {"reset": PUBLISHED.arms["reset"]}
-    state = train("Adam", "renewed", tmp_path, epochs=1, arms=reset)
-    seeds = [54321 * (i + 1) for i in range(RUNS)]
-    by_hand = MLP([w[None] for w in init_weights(WIDTHS, seeds)], LeakyReLU())
-    for k in range(script.TELEPORTS + 1):
-        rows = slice(20 * k, 20 * k + 20 if k < script.TELEPORTS else None)
-        if k < script.TELEPORTS:
-            optimizer = experiment.optimizer(by_hand.parameters(), experiment.lr)
-        train_epoch(by_hand, data.x_train[rows], data.y_train[rows], optimizer)
+    data, setting = load_sample("MNIST"), script.OPTIMIZERS["Adam"]
+    state = train(tmp_path, "Adam", some_arms("reset"))
+    weights = init_weights(TRAINING["MNIST"].widths, models.run_seeds(range(RUNS)))
+    by_hand = MLP([w[None] for w in weights], LeakyReLU())
+    for k in range(script.MOVES):
+        rows = slice(20 * k, 20 * (k + 1) if k < script.MOVES - 1 else None)
+        optimizer = setting.optimizer(by_hand.parameters(), setting.lr)
+        models.train_epoch(by_hand, data.x_train[rows], data.y_train[rows], optimizer)
     for m, expected in enumerate(by_hand.weights):
         torch.testing.assert_close(torch.tensor(state[f"W{m}"]), expected.detach())
 
 
-def test_moves_are_measured_on_the_teleports_batch():
-    data = load_sample("MNIST")
-    weights = [w[None] for w in init_weights(WIDTHS, [1, 2])]
-    before = [w.clone() for w in weights]
-    arms = {"teleport": PUBLISHED.arms["teleport"]}
-    measured, seconds = script.move(weights, arms, {"teleport": 3}, data, 5e-2)
-    x, y = shuffled_batch(data, script.TELEPORT_BATCH, 3)
-    assert x.shape == (784, 200) and seconds.shape == (1,)
-    for column, w in ((1, before), (3, weights)):
-        norm = gradient_norm_squared([v[0] for v in w], x, y, LeakyReLU())
-        torch.testing.assert_close(measured[0, column], norm)
+def test_random_moves_are_as_long_as_teleports_in_another_direction():
+    x, y = shuffled_batch(load_sample("MNIST"), script.TELEPORT_BATCH, 0)
+    inverse = torch.linalg.pinv(WEIGHTS[0])
+    moves = script.to_larger_gradient, script.at_random
+    rng = torch.Generator().manual_seed(0)
+    T, random = (move(WEIGHTS, x, y, 5e-2, rng)[0] @ inverse - torch.eye(16) for move in moves)
+    torch.testing.assert_close(random.norm(dim=(1, 2)), T.norm(dim=(1, 2)), rtol=1e-3, atol=0)
+    cosine = (random * T).sum((1, 2)) / T.norm(dim=(1, 2)) ** 2
+    assert (cosine.abs() < 0.5).all()
 
 
-def test_a_run_that_diverges_is_left_out_and_the_others_go_on(tmp_path, monkeypatch):
-    def run_away(arm, weights, at):
-        new, reference = MOVE(arm, weights, at)
-        new[1][1, 0, 0] = torch.nan  # the second run
-        return new, reference
+def test_moves_are_measured_on_their_batch():
+    weights, arms = [torch.stack([w, w]) for w in WEIGHTS], some_arms("plain", "kept")
+    moves, seconds = script.move_arms(weights, arms, {"kept": 3}, load_sample("MNIST"), 5e-2)
+    x, y = shuffled_batch(load_sample("MNIST"), script.TELEPORT_BATCH, 3)
+    assert torch.isnan(moves[0]).all() and seconds[0] == 0 < seconds[1]
+    for column, i in ((1, 0), (3, 1)):  # the arm that moves begins where plain stays
+        norm = gradient_norm_squared([w[i] for w in weights], x, y, LeakyReLU())
+        torch.testing.assert_close(moves[1, column], norm)
 
-    arms = {name: PUBLISHED.arms[name] for name in ("plain", "kept")}
-    whole = train("Adam", "whole", tmp_path, epochs=3, arms=arms)
-    monkeypatch.setattr(script, "move_arm", run_away)
-    cut = train("Adam", "diverged", tmp_path, epochs=1, arms=arms)
-    state = train("Adam", "diverged", tmp_path, epochs=3, arms=arms)
-    np.testing.assert_array_equal(cut["test_loss"][0], state["test_loss"][0])
-    for curve in script.CURVES:
-        lost = np.isnan(state[curve])
-        assert lost[:, 1, 1].all() and lost.sum() == 3  # from the epoch of the moves on
-        np.testing.assert_allclose(state[curve][~lost], whole[curve][~lost], rtol=1e-4)
-    assert np.isnan(state["moves"][:, 1, 2:, 1]).all()
-    assert not np.isnan(state["moves"][:, 1, :4, 0]).any()
-    results = {key: state[key] for key in (*script.CURVES, "moves")}
-    results |= {"arms": list(arms), "seconds": np.ones((3, 2)), "move_seconds": np.ones(2)}
-    results["primary"] = "kept − plain"
-    summary = script.summarise("MNIST_Adam", results)
+
+def test_a_run_that_diverges_is_left_out_and_the_others_go_on_as_before(tmp_path):
+    def run_away(weights, x, y, lr, rng):
+        moved = script.to_larger_gradient(weights, x, y, lr, rng)
+        moved[1][1, 0, 0] = torch.nan  # the second run
+        return moved
+
+    arms = some_arms("plain", "kept")
+    whole = train(tmp_path / "whole", "Adam", arms, 2)
+    state = train(tmp_path / "cut", "Adam", arms | {"kept": script.Arm(run_away, False)}, 2)
+    for key in (*CURVES, "moves"):
+        assert np.isnan(state[key][:, 1, ..., 1]).all()
+        for i, run in ((0, 0), (0, 1), (1, 0)):
+            np.testing.assert_array_equal(state[key][:, i, ..., run], whole[key][:, i, ..., run])
+    state |= {"arms": np.array(list(arms)), "move_seconds": np.zeros(2)}
+    summary = script.summarise(state)
     assert [arm["diverged"] for arm in summary["arms"].values()] == [0, 1]
-    assert summary["arms"]["kept"]["moves"] == script.TELEPORTS
-    text = script.table({"MNIST_Adam": summary})
-    assert "| kept (1 diverged) − plain |" in text
 
 
 def test_a_stack_that_diverges_stops_with_the_epoch_named(tmp_path):
-    experiment = script.EXPERIMENTS["SGD"]._replace(lr=1e30)
-    with pytest.raises(UserError, match="SGD-kept, epoch 0: all networks diverge"):
-        script.train_stack(
-            load_sample("MNIST"), experiment, STACKS["kept"], 2, 3, tmp_path / "SGD-kept", {}, Bar()
-        )
+    with pytest.raises(results.UserError, match="SGD, epoch 0: all networks diverge"):
+        train(tmp_path, "SGD", some_arms("plain"), lr=1e30)
 
 
-def test_reach_is_the_first_epoch_at_the_target():
-    loss = np.array([[3.0, 3.0, 3.0], [1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
-    found = script.reach(loss, np.array([10.0, 20.0, 30.0]), np.array([1.5, 1.5, 1.5]))
-    assert found == {"runs": 2, "epochs": 2.5, "seconds": 25.0}
-    assert script.reach(loss, np.arange(3.0), np.zeros(3))["runs"] == 0
+PAIRS = [(teleportation.PSEUDOINVERSE, activation()) for activation in (models.ReLU, models.Tanh)]
+PAIRS += [(teleportation.INVERSE_ACTIVATION, LeakyReLU()), (teleportation.FIRST_ORDER, LeakyReLU())]
+PAIRS += [(teleportation.RESCALING, LeakyReLU()), (teleportation.LINEAR, models.Identity())]
 
 
-def made_up(runs=4, epochs=6):
-    """Results whose statistics are known; arm i is i below plain after each epoch."""
-    arms, epoch = len(ARMS), np.arange(epochs)[:, None, None]
-    shape = (epochs, arms, runs)
-    test_loss = 10.0 - epoch - np.arange(arms)[:, None] + 0.1 * np.arange(runs)
-    moves = np.ones((script.TELEPORTS, arms, 5, runs))
-    moves[:, :, 2] = 1.25  # loss: + 0.25
-    moves[:, :, 3] = 3.0  # |∇L|²: three times
-    moves[:, 0] = np.nan  # plain
-    moves[:, :, 4] = 0.5  # of the test loss
-    return {
-        "arms": ARMS,
-        "train_loss": np.broadcast_to(test_loss / 2, shape),
-        "test_loss": np.broadcast_to(test_loss, shape),
-        "moves": moves,
-        "move_seconds": np.arange(arms) * 1.5,
-        "seconds": np.broadcast_to(10.0 * (1 + epoch[..., 0]), (epochs, arms)),
-        "primary": np.array("kept − plain"),
-    }
+@pytest.mark.filterwarnings("ignore:the activations")  # of ReLU's dead units
+@pytest.mark.parametrize("action, activation", PAIRS, ids=lambda value: str(value)[:40])
+def test_every_action_and_activation_can_be_chosen(tmp_path, monkeypatch, action, activation):
+    monkeypatch.setattr(script, "ACTION", action)
+    monkeypatch.setattr(script, "ACTIVATION", activation)
+    state = train(tmp_path, "momentum", some_arms("teleport", "random"), ascent_lr=1e-4)
+    assert np.isfinite(state["test_loss"]).all() and np.isfinite(state["moves"]).all()
+    _, before, _, after = state["moves"].swapaxes(0, 2).swapaxes(1, 2)
+    assert (before != after).any()
+
+
+def test_an_arms_time_is_its_share_of_training_and_its_own_moves(tmp_path):
+    args = options(tmp_path, epochs=2)
+    args.dataset, args.optimizer = "MNIST", ["Adam"]
+    stacks, moved = script.stacks(args), [[0.0, 3.0], [4.0, 0.0, 5.0]]
+    for stack, seconds in zip(stacks, moved):
+        arms = len(stack.arms)
+        state = {key: np.zeros((2, arms, RUNS)) for key in CURVES}
+        state |= {"moves": np.zeros((script.MOVES, arms, 4, RUNS))}
+        state |= {"move_seconds": np.array([seconds, [0.0] * len(seconds)]), "steps": 2}
+        state |= {"seconds": np.array([5.0, 10.0])}
+        log = script.training_log(stack, args)
+        results.save(log.path, results.Result(state, log.settings, {"code": []}))
+    arrays = script.collect([script.training_log(stack, args) for stack in stacks], args).arrays
+    assert list(arrays["arms"]) == list(script.ARMS)
+    np.testing.assert_allclose(arrays["move_seconds"], [0, 3, 4, 0, 5])
+    np.testing.assert_allclose(arrays["seconds"], [[2, 5, 6, 2, 7], [6, 9, 10, 6, 11]])
 
 
 def test_the_table_says_what_made_up_results_say():
-    summary = script.summarise("MNIST_Adam", made_up())
-    expected = {1: 10.15, 5: 6.15, 6: 5.15}
-    assert summary["plain"] == {epoch: pytest.approx(loss) for epoch, loss in expected.items()}
-    assert len(summary["differences"]) == len(ARMS)
-    for a, b in (name.split(" − ") for name in summary["differences"]):
-        gap = ARMS.index(b) - ARMS.index(a)
-        for difference in summary["differences"][f"{a} − {b}"].values():
-            found = {key: value for key, value in difference.items() if key != "verdict"}
-            assert found == pytest.approx({"mean": gap, "low": gap, "high": gap})
-    for i, arm in enumerate(ARMS):
-        # plain ends at 5; arm i is there i epochs earlier
-        entry = summary["arms"][arm]
-        assert entry["reaches"] == {"runs": 4, "epochs": 6 - i, "seconds": 10.0 * (6 - i)}
-        assert entry["seconds_of_moves"] == 1.5 * i
-        assert entry["mean_change_of_loss"] == pytest.approx(0.25 if i else 0)
-        assert entry["share_of_moves_made"] == (i > 0)
-        factor = entry["median_factor_of_gradient_norm_squared"]
-        assert factor is None if i == 0 else factor == pytest.approx(3)
-    text = script.table({"MNIST_Adam": summary})
-    assert "| MNIST, Adam, lr 0.0001: differences in 10⁻³ | after epoch 1 | after epoch 5 |" in text
-    assert text.count("(primary)") == text.count("−1000.0] (primary) |") == 1
-    assert "| kept − plain | −1000.0 [−1000.0, −1000.0] |" in text
-    assert "| teleport − reset | +1000.0 [" in text
-    assert "| kept | 4 | 5 | 50 | 0 | −500.0 [−500.0, −500.0] | 1.50 | +250.00 | +500.00 |" in text
-
-
-def test_an_arms_time_is_its_share_of_training_and_its_own_moves(tmp_path, monkeypatch):
-    options = ["--sample", "--runs", "2", "--epochs", "4", "--optimizer", "AdaGrad"]
-    monkeypatch.setattr(sys, "argv", ["script", *options, "--output", str(tmp_path)])
-    args = script.parse_arguments()
-    moves = {"kept": [0.0, 3.0], "renewed": [4.0, 0.0, 5.0]}
-    for stack, arms in STACKS.items():
-        path, settings = script.log("MNIST_AdaGrad", arms, args)
-        state = {curve: np.zeros((4, len(arms), 2)) for curve in script.CURVES}
-        state["moves"] = np.zeros((8, len(arms), 5, 2))
-        state["move_seconds"] = np.zeros((4, len(arms)))
-        state["move_seconds"][2] = moves[stack]
-        seconds = np.array([5.0, 5.0, 5.0, 10.0]) * (1 if stack == "kept" else 2)
-        files.save(path, settings, state | {"seconds": seconds, "steps": 4})
-    _, results, _ = script.collect("MNIST_AdaGrad", args)
-    assert results["arms"] == ["plain", "kept", "teleport", "reset", "random"]
-    # 15, 15, 15 and 30 s for five arms; AdaGrad's teleports are in the third epoch
-    training = np.array([3.0, 6.0, 9.0, 15.0])[:, None]
-    own = np.array([0.0, 3.0, 4.0, 0.0, 5.0])
-    expected = training + np.array([0, 0, 1, 1])[:, None] * own
-    np.testing.assert_allclose(results["seconds"], expected)
-
-
-def test_curves_are_drawn_against_epochs_and_seconds(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(script.plots, "save_figure", lambda figure, path: drawn.append(figure))
-    results = made_up()
-    for against, unit in (("epoch", 1), ("time", 10)):
-        script.draw_losses(results, against, "title", tmp_path)
-        lines = drawn[-1].axes[0].lines
-        assert [line.get_linestyle() for line in lines] == ["--", "-", "--", "-"]
-        for line, i, scale in zip(lines, (0, 0, 2, 2), (0.5, 1, 0.5, 1)):
-            np.testing.assert_allclose(line.get_xdata(), unit * np.arange(1, 7))
-            np.testing.assert_allclose(line.get_ydata(), scale * (10.15 - np.arange(6) - i))
-
-
-def test_the_sample_ends_with_table_and_figures(tmp_path, call, monkeypatch):
-    options = ["--sample", "--runs", "2", "--epochs", "3", "--optimizer", "RMSprop"]
-    done = call(script, *options, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    figures = tmp_path / "figures/sample/optimization-2runs-3epochs"
-    names = ["loss_vs_epoch", "loss_vs_time", "arms", "teleports"]
-    expected = {f"MNIST_RMSprop_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
-    expected |= {"MNIST_RMSprop.npz", "summary.json", "table.md"}
-    assert {path.name for path in figures.iterdir()} == expected
-    summary = json.loads((figures / "summary.json").read_text("utf-8"))
-    assert summary.keys() == {"MNIST_RMSprop"}
-    results = files.read(figures / "MNIST_RMSprop.npz").arrays
-    difference = np.diff(results["test_loss"][2, :2].mean(1)).item()
-    found = summary["MNIST_RMSprop"]["differences"]["kept − plain"]["3"]["mean"]
-    assert found == pytest.approx(difference, abs=1e-6)
-    assert (figures / "table.md").read_text("utf-8") in done.stdout
-    monkeypatch.setattr(script.plots, "save_figure", lambda *_: None)
-    shutil.rmtree(tmp_path / "logs")
-    again = call(script, *options, "--plot-only", "--output", tmp_path)
-    assert again.stdout == done.stdout
-    other = call(script, *options, "--plot-only", "--epochs", "9", "--output", tmp_path)
-    assert other.returncode == 2 and "run without --plot-only" in other.stderr
-
-
-def test_the_seconds_of_moves_are_those_they_took():
-    data = load_sample("MNIST")
-    weights = [w.repeat(2, 1, 1, 1) for w in init_weights(WIDTHS, [1, 2])]
-    start = time.perf_counter()
-    _, seconds = script.move(weights, STACKS["kept"], {"kept": 0}, data, 5e-2)
-    assert 0 == seconds[0] < seconds[1] < time.perf_counter() - start
-
-
-def test_arms_move_at_their_own_moments(tmp_path):
-    arms = {
-        "plain": script.Arm(),
-        "first": script.Arm(script.TELEPORT, epochs=(0,), moves=2),
-        "apart": script.Arm(script.TELEPORT, epochs=(0, 2), moves=2, apart=30),
-    }
-    alone = train("Adam", "alone", tmp_path, epochs=3, arms={"apart": arms["apart"]})
-    state = train("Adam", "together", tmp_path, epochs=3, arms=arms)
-    np.testing.assert_allclose(state["test_loss"][:, 2], alone["test_loss"][:, 0], rtol=1e-4)
-    moved = ~np.isnan(state["moves"][:, :, 0, 0])
-    # mini-batches 0, 1 and 30 of the first epoch, 0 and 30 of the third
-    assert moved.T.tolist() == [[False] * 5, [True, True] + 3 * [False], [True, False] + 3 * [True]]
-    assert ((state["move_seconds"] > 0) == [[0, 1, 1], [0, 0, 0], [0, 0, 1]]).all()
-
-
-def test_studies_can_be_trained_and_reported():
-    for study in script.STUDIES.values():
-        script.check_study(study)
-    plain, good = script.STUDIES["published"], script.STUDIES["lr"]
-    misspelt = good.arms | {"kept": script.Arm(("teleprt", 1))}
-    alone = {"plain": script.Arm(), "random": script.Arm(("random", 0))}
-    later = plain.arms | {"later": script.Arm(("random", 0), epochs=(5,))}
-    for study, sentence in (
-        (plain._replace(primary="teleprt"), "its primary, 'teleprt', among kept, teleport"),
-        (good._replace(arms=misspelt), "'kept' needs .* a move of stay, random"),
-        (good._replace(arms={"none": script.Arm()}), "needs plain first"),
-        (good._replace(arms=good.arms | {"a − b": script.Arm()}), "'a − b' needs a name without"),
-        (good._replace(arms=alone, primary="random"), "'random' needs one above it"),
-        (plain._replace(arms=later), "'later' needs one above it that teleports at the same"),
-    ):
-        with pytest.raises(files.UserError, match=sentence):
-            script.check_study(study)
-
-
-def test_other_moves_go_as_far_as_the_teleport():
-    data = load_sample("MNIST")
-    weights = init_weights(WIDTHS, [1, 2, 3])
-    x, y = shuffled_batch(data, script.TELEPORT_BATCH, 0)
-
-    def moved(*move, reference=None):
-        at = script.Moment(x, y, 5e-2, torch.Generator().manual_seed(0), reference)
-        return script.move_arm(script.Arm(move), weights, at)
-
-    def length(new):
-        way = [a - b for a, b in zip(new, weights)]
-        return inner_product(way, way).sqrt()
-
-    def norm(new):
-        return gradient_norm_squared(new, x, y, LeakyReLU())
-
-    def loss(new):
-        return cross_entropy(new, x, y, LeakyReLU())
-
-    teleported, reference = moved(*script.TELEPORT)
-    torch.testing.assert_close(length(teleported), reference.length)
-    step, _ = moved("gradient step", 0, reference=reference)
-    torch.testing.assert_close(length(step), reference.length)
-    assert (loss(step) < loss(weights)).all()
-    level, _ = moved("level set", 5, reference=reference)
-    assert (length(level) < 1.2 * reference.length).all()
-    assert (loss(level) - loss(weights)).abs().max() < 1e-3
-    assert norm(level).mean() > norm(weights).mean()  # a step may cross a kink
-    rescaled, _ = moved("rescale", 2)
-    torch.testing.assert_close(loss(rescaled), loss(weights))
-    growth = norm(rescaled) / norm(weights)
-    assert (growth >= 2 ** (1 / 8)).all() and (growth < 1.2).all()
-
-
-def test_the_best_learning_rate_is_plains(tmp_path, call):
-    options = ["--sample", "--runs", "2", "--epochs", "3", "--optimizer", "SGD", "--study", "lr"]
-    done = call(script, *options, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "figures/sample/optimization-lr-2runs-3epochs"
-    assert (folder / "MNIST_SGD_rates.png").exists()
-    summaries = json.loads((folder / "summary.json").read_text("utf-8"))
-    assert [s["lr"] for s in summaries.values()] == [0.003, 0.01, 0.03, 0.1]
-    best = min(summaries, key=lambda part: summaries[part]["plain"]["3"])
-    assert done.stdout.count("(best)") == 1
-    assert f"| MNIST, SGD, lr {summaries[best]['lr']:g} (best) |" in done.stdout
+    """Arm i is i below plain; its moves add 0.25 to the loss and, but for one, treble |∇L|²."""
+    arms, runs = len(script.ARMS), 4
+    loss = 10.0 - np.arange(arms)[:, None] + 0.1 * np.arange(runs)
+    moves = np.ones((script.MOVES, arms, 4, runs))
+    moves[:, :, 2] = 1.25
+    moves[1:, :, 3] = 3.0
+    moves[:, 0] = np.nan
+    arrays = {"arms": np.array(list(script.ARMS)), "moves": moves, "move_seconds": np.arange(arms)}
+    arrays |= {"test_loss": np.stack([loss] * 6), "train_loss": np.stack([loss] * 6) / 2}
+    summary = script.summarise(arrays)
+    assert summary["plain"] == {epoch: pytest.approx(10.15) for epoch in (1, 5, 6)}
+    for a, b, gap in (("kept", "plain", -1), ("random", "plain", -4), ("teleport", "reset", 1)):
+        for key, scale in (("differences", 1), ("training", 0.5)):
+            for difference in summary[key][f"{a} − {b}"].values():
+                assert difference == pytest.approx(
+                    dict.fromkeys(("mean", "low", "high"), scale * gap)
+                )
+    expected = {"share_of_moves_made": 7 / 8, "median_factor": 3, "mean_change_of_loss": 0.25}
+    expected |= {"diverged": 0, "seconds_of_moves": 1}
+    assert summary["arms"]["kept"] == pytest.approx(expected)
+    text = script.table("MNIST", {"Adam": summary}, "kept − plain")
+    assert "| Adam | plain | 10.150 | 10.150 | 10.150 |  | 0 | 0.0 | – | – | – |" in text
+    assert "| −500.0 [−500.0, −500.0] | 0 | 1.0 | 88% | 3 | +2.5e−01 |" in text

@@ -1,0 +1,109 @@
+"""Numbers in the README and on the pages of figures/, as the shipped summaries have them.
+
+`wrong` names each sentence that is not on its page as the summaries say it should be, and each
+claim that does not follow from them. Whoever changes a result changes the prose, and runs this.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATASETS = "MNIST", "FashionMNIST", "CIFAR10"
+
+
+def summary(folder):
+    return json.loads((ROOT / folder / "summary.json").read_text("utf-8"))
+
+
+def number(value, form=".3f"):
+    return format(value, form).replace("-", "−")
+
+
+def listed(values, form=".3f"):
+    """Return numbers as "a, b and c"."""
+    *first, last = (number(value, form) for value in values)
+    return f"{', '.join(first)} and {last}"
+
+
+def correlation():
+    page = "figures/correlation/README.md"
+    entries = [summary("figures/correlation")[name] for name in DATASETS]
+
+    def r(quantity, key="r"):
+        return [entry[quantity][key]["pearson"] for entry in entries]
+
+    yield page, listed(r("sharpness"))
+    yield page, f"r = {', '.join(map(number, r('sharpness', 'r_train_loss')))}"
+    yield page, f"({', '.join(map(number, r('train_loss')))})"
+    yield page, f"partial r of {listed(r('excess', 'partial_r'))}"
+    yield page, listed(r("curvature"))
+    yield page, listed(r("sharpness", "r_gap"))
+    ratios = [entry["exact_curvature"]["mean_ratio_to_curvature"] for entry in entries]
+    yield page, f"factors of {listed(ratios, '.2f')}"
+    fashion = entries[1]["exact_curvature"]["r"]["pearson"], entries[1]["curvature"]["r"]["pearson"]
+    yield page, "is {} instead of {}".format(*map(number, fashion))
+    for entry, name in zip(entries, DATASETS):
+        for quantity in ("excess", "curvature", "exact_curvature"):
+            low, high = entry[quantity]["partial_r"]["interval"]
+            yield f"{name}: partial r of {quantity} has an interval with 0", low < 0 < high
+        published = entry["sharpness"]["published"]["p"]
+        yield f"{name}: sampling error explains φ's difference from the paper", published > 0.05
+        low, high = entry["curvature"]["r"]["interval"]
+        yield f"{name}: ψ is compatible", low <= entry["curvature"]["published"]["r"] <= high
+    sphere = [summary("figures/sphere/correlation")[name] for name in DATASETS]
+    pairs = zip(entries, sphere)
+    most = max(
+        abs(a["sharpness"]["r"]["pearson"] - b["sharpness"]["r"]["pearson"]) for a, b in pairs
+    )
+    yield page, f"by {most:.3f} at most"
+
+
+def sharpness():
+    page = "figures/sharpness/README.md"
+    entries = [summary("figures/sharpness")[name] for name in DATASETS]
+    partial = [r["pearson"] for e in entries for r in works(e, "orthant")]
+    yield page, f"between {number(min(partial), '.2f')} and {number(max(partial), '.2f')}"
+    for name, entry in zip(DATASETS, entries):
+        crosses = all(r["interval"][0] < 0 < r["interval"][1] for r in works(entry, "orthant"))
+        yield f"{name}: on the orthant every interval contains 0", crosses
+    least = entries[2]["radii"]["least_p"]
+    low, high = least["interval"]
+    yield (
+        page,
+        f"partial r = {least['pearson']:.2f} [{low:.2f}, {high:.2f}] at t = {least['radius']:.0f}",
+    )
+    yield page, f"p = {least['holm']:.4f}"
+    mnist = entries[0]["radii"]["least_p"]
+    yield page, f"at most {mnist['pearson']:.2f}, Holm's p = {mnist['holm']:.3f}"
+    for folder in ("figures/sharpness", "figures/sphere/sharpness"):
+        inside = [mean(summary(folder)[name]["excess"]["inside"]) for name in DATASETS]
+        yield page, "{:.0f} %, {:.0f} % and {:.0f} %".format(*(100 * v for v in inside))
+
+
+def works(entry, kind):
+    """Return the partial correlations at the radii at which the networks still work."""
+    of_kind = entry["radii"][kind]
+    return [r for r, ok in zip(of_kind["partial_r"], of_kind["works"]) if ok]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+CHECKS = [correlation, sharpness]
+
+
+def wrong():
+    """Yield what is not as the summaries say."""
+    pages = {}
+    for check in CHECKS:
+        for where, claim in check():
+            if isinstance(claim, str):
+                if where not in pages:
+                    text = (ROOT / where).read_text("utf-8")
+                    pages[where] = re.sub(r"[\s*]+", " ", text)
+                if claim not in pages[where]:
+                    yield f"{where} lacks {claim!r}"
+            elif not claim:
+                yield f"{where}: not so"
