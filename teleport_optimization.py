@@ -323,7 +323,8 @@ def summarise(arrays):
 def summarise_moves(moves):
     """Return what the moves of an arm did: [moves, 4, runs], as measured; nan if it has none.
 
-    A teleport is not made where |∇L|² is above the CAP; the factor is that of |∇L|² elsewhere.
+    A teleport is not made where |∇L|² is above the CAP. `median_factor` is that of |∇L|² over the
+    teleports that are made.
     """
     measured = moves.swapaxes(1, 2)[np.isfinite(moves).all(1)]
     if not measured.size:

@@ -552,8 +552,8 @@ class Estimate(NamedTuple):
 def estimate(weights, x, y, radii, seed, activation, sphere=False):
     """Return the Estimate of each network on one batch x: [d_0, n], y: [n].
 
-    All networks share the draws: a direction for each radius, and a generator for each pair. They
-    are the published ones if `seed` is the index of the batch.
+    All networks share the draws: a direction for each radius, and a generator for each pair. The
+    generators are the published ones if `seed` is the index of the batch.
     """
     check_batch(weights, x, y)
     widths, rng = models.widths_of(weights), torch.Generator()

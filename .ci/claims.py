@@ -1,4 +1,4 @@
-"""Numbers in the README and on the pages of figures/, as the shipped summaries have them.
+"""Numbers on the pages that CHECKS names, as the shipped summaries have them.
 
 `wrong` names each sentence that is not on its page as the summaries say it should be, and each
 claim that does not follow from them. Whoever changes a result changes the prose, and runs this.
@@ -91,7 +91,84 @@ def mean(values):
     return sum(values) / len(values)
 
 
-CHECKS = [correlation, sharpness]
+def optimization():
+    page = "figures/optimization/README.md"
+    entries = summary("figures/optimization/MNIST")
+
+    def difference(optimizer, pair, epoch):
+        return in_thousandths(entries[optimizer]["differences"][pair][str(epoch)])
+
+    for arm in ("teleport", "reset", "kept"):
+        yield page, difference("AdaGrad", f"{arm} − plain", 40)
+    for optimizer in ("momentum", "Adam"):
+        for epoch in (5, 40):
+            yield page, difference(optimizer, "kept − plain", epoch)
+    yield page, difference("RMSprop", "kept − plain", 1)
+    for optimizer in ("momentum", "RMSprop", "Adam"):
+        last = entries[optimizer]["differences"]["kept − plain"]["40"]
+        yield f"{optimizer}: kept gains nothing in the end", last["low"] < 0 < last["high"]
+        for arm in ("kept", "teleport"):
+            percent = round(100 * (entries[optimizer]["arms"][arm]["median_factor"] - 1))
+            yield f"{optimizer}, {arm}: moves raise |∇L|² by 4 to 6 %", 4 <= percent <= 6
+    fashion = summary("figures/optimization/FashionMNIST")["momentum"]["differences"]
+    yield page, in_thousandths(fashion["kept − plain"]["40"])
+    cifar = summary("figures/5runs-10epochs/optimization/CIFAR10")["AdaGrad"]["differences"]
+    yield page, in_thousandths(cifar["reset − plain"]["10"])
+
+
+def generalization():
+    page = "figures/generalization/README.md"
+    entries = summary("figures/generalization")
+    cifar = entries["CIFAR10"]["differences"]
+    for arm in ("sharpness decrease", "sharpness increase", "curvature decrease"):
+        yield page, in_thousandths(cifar[f"{arm} − plain"]["21"])
+    for arm in ("sharpness decrease", "curvature increase"):
+        yield page, in_thousandths(cifar[f"{arm} − plain"]["40"])
+    yield page, in_thousandths(entries["MNIST"]["differences"]["curvature increase − plain"]["40"])
+    for name, entry in entries.items():
+        for pair, by_epoch in entry["differences"].items():
+            if pair.endswith("− plain"):
+                yield f"{name}: {pair} is no gain in the end", by_epoch["40"]["high"] > 0
+    for pair, by_epoch in cifar.items():
+        last = by_epoch["40"]
+        yield f"CIFAR10: {pair} contains 0 in the end", last["low"] < 0 < last["high"]
+
+
+def learning_rate():
+    page = "figures/learning_rate/README.md"
+    entries = summary("figures/learning_rate/MNIST")
+    for optimizer, arm in (
+        *((optimizer, "kept") for optimizer in ("momentum", "RMSprop", "Adam")),
+        ("AdaGrad", "teleport"),
+        ("AdaGrad", "reset"),
+    ):
+        worth = entries[optimizer][arm]["test_loss"]["worth"]
+        five = {key: values[4] for key, values in worth.items()}
+        yield page, with_interval(five, 1, ".2f")
+    for optimizer in ("momentum", "Adam"):
+        rest = entries[optimizer]["kept"]["test_loss"]["left_over"]
+        yield page, in_thousandths({key: values[9] for key, values in rest.items()})
+
+
+def modules():
+    page = "figures/modules/README.md"
+    entries = summary("figures/modules")
+    primary = entries["GPT-AdamW"]["differences"]["ascend − plain"]["15"]
+    yield page, in_thousandths(primary)
+    yield "GPT, AdamW: ascents gain nothing", primary["low"] < 0 < primary["high"]
+
+
+def with_interval(entry, scale, form):
+    """Return a value with its interval as "m [l, h]"."""
+    mean, low, high = (number(scale * entry[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def in_thousandths(difference):
+    return with_interval(difference, 1e3, "+.1f")
+
+
+CHECKS = [correlation, sharpness, optimization, generalization, learning_rate, modules]
 
 
 def wrong():

@@ -1,0 +1,202 @@
+"""From the names of scales, and what is demanded of them, to groups."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import breadth_first_order, connected_components
+
+from .groups import LINEAR, RESCALING, Axis, Group
+from .names import mix
+
+
+class Entries(NamedTuple):
+    """Entries of parameters along named axes; arrays of the same length."""
+
+    axis: np.ndarray  # which of a list of (parameter, axes)
+    position: np.ndarray  # along these axes, taken as one
+    name: np.ndarray
+    component: np.ndarray  # the first of all names that are tied to this one
+    power: np.ndarray  # of the component's scale
+    block: np.ndarray  # the first of all components that may be mixed with this one
+
+    def where(self, chosen):
+        return Entries(*(column[chosen] for column in self))
+
+
+def groups_of(names, parameters):
+    """Return the groups that Names have found on the Parameters."""
+    axes, axis, position, name = named_entries(names, parameters)
+    if not axes:
+        return []
+    edges, size = edges_of(names.equations), len(names.owner)
+    component, power = ratios_of(*edges, size)
+    axis_of_name = np.full(size, -1)
+    axis_of_name[name] = axis
+    role, block = blocks_of(component, power, axis_of_name, names.marks, *edges[:2])
+    free = power[name] != 0
+    axis, position, name = axis[free], position[free], name[free]
+    entries = Entries(axis, position, name, component[name], power[name], block[component[name]])
+    entries = with_both_sides(merged(entries))
+    # blocks of one size that have the same axes, with the same powers, are one group
+    _, first = np.unique(entries.component, return_index=True)
+    kind = np.bincount(entries.block[first], minlength=size)
+    powers = hashed(entries.axis, (entries.power * 1000).astype(int))
+    _, first = np.unique(hashed(entries.block, powers), return_index=True)
+    np.add.at(kind, entries.block[first], powers[first])
+    kind = kind[entries.block]
+    order = np.argsort(entries.block, kind="stable")
+    kinds = dict.fromkeys(kind[order].tolist())
+    return [group_of(entries.where(kind == k), role, axes) for k in kinds]
+
+
+def named_entries(names, parameters):
+    """Return a list of (parameter, axes), and three arrays: which of these, position, name."""
+    axes, axis, position, name = {}, [], [], []
+    met = np.zeros(len(names.owner), bool)
+    met[np.concatenate([*names.met, np.zeros(1, int)])] = True
+    for parameter in parameters:
+        for named in parameter.named_axes or []:
+            entries = named.names.flatten().numpy()
+            if not met[entries].all():  # what did not run, such as later positions, is not known
+                names.equations.append((entries, np.zeros_like(entries), 1))
+            # the axis of a diagonal matrix is there twice
+            k = axes.setdefault((parameter, tuple(named.axes)), len(axes))
+            axis.append(np.full(len(entries), k))
+            position.append(np.arange(len(entries)))
+            name.append(entries)
+    arrays = [np.concatenate(part or [np.zeros(0, int)]) for part in (axis, position, name)]
+    return [list(axes), *arrays]
+
+
+def edges_of(equations):
+    """Return equations log c_a = r log c_b between names without sign: three arrays a, b, r."""
+    a, b, r = [np.zeros(1, int)], [np.zeros(1, int)], [np.ones(1)]
+    for left, right, ratio in equations:
+        a.append(abs(left))
+        b.append(abs(right))
+        r.append(np.where((left < 0) == (right < 0), ratio, -ratio))
+    return tuple(np.concatenate(parts) for parts in (a, b, r))
+
+
+def ratios_of(a, b, r, size):
+    """Solve log c_a = r log c_b, arrays of names below `size`, of which 0 is fixed.
+
+    Returns for each name the first name that it is tied to, and the ratio of its log scale to that
+    one's, 0 where it is fixed; both are [size].
+    """
+    node = np.arange(size)
+    component, parent = trees_of(a, b, size)
+    # the ratios of the tree's edges; a root is its own parent
+    edge = np.minimum(a, b) * size + np.maximum(a, b)
+    order = np.argsort(edge)
+    wanted = np.minimum(node, parent) * size + np.maximum(node, parent)
+    place = order[np.searchsorted(edge, wanted, sorter=order).clip(max=len(edge) - 1)]
+    ratio = np.where(node == a[place], r[place], 1 / r[place])
+    ratio[parent == node] = 1
+    while (parent[parent] != parent).any():
+        ratio, parent = ratio * ratio[parent], parent[parent]
+    wrong = abs(ratio[a] - r * ratio[b]) > 1e-9 * abs(ratio[a])
+    fixed = np.isin(component, component[[0, *a[wrong]]])
+    return component, np.where(fixed, 0, ratio)
+
+
+def trees_of(a, b, size):
+    """Return the first node of the component of each node, and its parent in a spanning tree."""
+    _, component = connected_components(graph_of(a, b, size), directed=False)
+    _, first = np.unique(component, return_index=True)
+    # one search from a node of its own, on which all components hang
+    ends = np.concatenate([a, np.full(len(first), size)]), np.concatenate([b, first])
+    _, parent = breadth_first_order(graph_of(*ends, size + 1), size, directed=False)
+    return first[component], np.where(parent[:-1] == size, np.arange(size), parent[:-1])
+
+
+def graph_of(a, b, size):
+    ones = np.ones(len(a), bool)
+    return coo_array((ones, (a.astype(np.int32), b.astype(np.int32))), shape=(size, size)).tocsr()
+
+
+def blocks_of(component, power, axis, marks, a, b):
+    """Return the role of each name, what was done to it and to those tied to it, and blocks.
+
+    Components whose names have the same roles are a block. Names of one component with the same
+    role could not be matched with those of another, and powers cannot be mixed: then it is alone.
+    """
+    total = np.zeros(len(component), np.int64)
+    for names, values in marks:
+        np.add.at(total, names, values)
+    role = hashed(total, axis, np.sign(power).astype(int))
+    for _ in range(3):  # a bias is told from another by what it is added to
+        beside = np.zeros_like(role)
+        np.add.at(beside, a, role[b])
+        np.add.at(beside, b, role[a])
+        role = hashed(role, beside)
+    free = np.flatnonzero(power)
+    free = free[np.lexsort((role[free], component[free]))]
+    alike = (np.diff(component[free]) == 0) & (np.diff(role[free]) == 0)
+    alone = np.zeros(len(component), bool)
+    alone[component[free[1:][alike]]] = True
+    alone[component[free[abs(power[free]) != 1]]] = True
+    mark = np.zeros(len(component), np.int64)
+    np.add.at(mark, component[free], role[free])
+    _, first, which = np.unique(mark, return_index=True, return_inverse=True)
+    return role, np.where(alone | (mark == 0), np.arange(len(mark)), first[which])
+
+
+def hashed(*parts):
+    return mix(*(torch.as_tensor(part) for part in parts)).numpy()
+
+
+def merged(entries):
+    """Multiply powers of one scale on one entry, which a diagonal matrix may both read and make."""
+    key = hashed(entries.axis, entries.position, entries.component)
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    power = np.bincount(which, entries.power, len(first))
+    return entries.where(first)._replace(power=power).where(power != 0)
+
+
+def with_both_sides(entries):
+    """Return the entries of components that make something and read it."""
+    made, read = (
+        np.unique(entries.component[side]) for side in (entries.power > 0, entries.power < 0)
+    )
+    return entries.where(np.isin(entries.component, np.intersect1d(made, read)))
+
+
+def group_of(entries, role, axes):
+    """Return the Group of entries whose blocks have the same axes."""
+    blocks, member = np.unique(entries.block, return_inverse=True)
+    size = len(np.unique(entries.component)) // len(blocks)
+    made_first = np.lexsort((entries.name, entries.power < 0))
+    pairs = zip(entries.axis[made_first].tolist(), entries.power[made_first].tolist())
+    moved = []
+    for k, power in dict.fromkeys(pairs):
+        here = (entries.axis == k) & (entries.power == power)
+        index, members = rows_of(entries.where(here), member[here], role, size)
+        parameter, dims = axes[k]
+        every = np.arange(math.prod(parameter.shape[d] for d in dims))
+        in_turn = np.arange(len(blocks)).repeat(len(members) // len(blocks))
+        moved.append(
+            Axis(
+                parameter.name,
+                dims[0] if len(dims) == 1 else dims,
+                int(power) if power == int(power) else power,
+                None if np.array_equal(index.flatten(), every) else torch.as_tensor(index),
+                None if np.array_equal(members, in_turn) else torch.as_tensor(members),
+            )
+        )
+    return Group(LINEAR if size > 1 else RESCALING, len(blocks), size, moved)
+
+
+def rows_of(entries, member, role, size):
+    """Return the positions of the rows that a group moves along an axis, and each one's member."""
+    order = np.lexsort((entries.position, entries.name))
+    names = entries.name[order]
+    repeat = np.empty(len(names), int)  # how often the name was before, as in grouped convolutions
+    repeat[order] = np.arange(len(names)) - np.searchsorted(names, names)
+    order = np.lexsort((entries.component, repeat, role[entries.name], member))
+    index, members = entries.position[order].reshape(-1, size), member[order][::size]
+    order = np.lexsort((index[:, 0], members))
+    return index[order], members[order]

@@ -1,0 +1,236 @@
+"""Names of scales beside the entries of tensors, and what is demanded of them.
+
+`trace` explains the idea. A name is an integer: n > 0 is a scale c_n, -n is 1 / c_n, 0 is fixed,
+and BLANK is the name of a constant zero, which fits every scale.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLANK = torch.iinfo(torch.int64).min
+
+
+class Factor(NamedTuple):
+    """A scale that the entries of a tensor follow; both are int64, of the tensor's shape."""
+
+    names: Tensor
+    history: Tensor  # hashes of what became of the entries
+
+
+class NamedAxes(NamedTuple):
+    """Axes of a parameter, taken as one, with a name for each index."""
+
+    axes: list
+    names: Tensor  # of the axes' shape
+    summed: list  # those of the axes along which a sum over the names runs
+
+
+class Parameter:
+    """A parameter, and its NamedAxes once it has been used; [] if it is fixed."""
+
+    def __init__(self, name, number, shape):
+        self.name, self.number, self.shape, self.named_axes = name, number, shape, None
+
+
+@dataclass
+class View:
+    """The state of a tensor whose entries are a parameter's, at these coordinates."""
+
+    parameter: Parameter
+    coordinates: list  # for each axis of the parameter, of the tensor's shape
+    history: Tensor
+
+    def axes(self, dims):
+        """Return the axes along which one moves in the parameter on moving along `dims` here."""
+        return [a for a, c in enumerate(self.coordinates) if varying(c) & set(dims)]
+
+
+# States of tensors: a list of Factors, which multiply, or a View. [] is fixed.
+
+
+def is_new(state):
+    """Return whether a state is that of a parameter without names."""
+    return isinstance(state, View) and state.parameter.named_axes is None
+
+
+def each(function, state):
+    """Apply a function to all tensors of a state."""
+    if isinstance(state, View):
+        coordinates = [function(c) for c in state.coordinates]
+        return View(state.parameter, coordinates, function(state.history))
+    return [Factor(function(f.names), function(f.history)) for f in state]
+
+
+def spread(state, shape):
+    return each(lambda t: t.expand(shape), state)
+
+
+# Integer tensors. They have stride 0 where they are constant, which saves memory and time.
+
+
+def thin(t):
+    """Return a tensor with the dimensions of stride 0 cut to size 1."""
+    return t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+
+
+def varying(t):
+    """Return the set of the dimensions along which the entries of a tensor differ."""
+    t = thin(t)
+    return {
+        d for d, n in enumerate(t.shape) if n > 1 and not t.narrow(d, 0, 1).expand_as(t).equal(t)
+    }
+
+
+def compact(t):
+    """Return a tensor with stride 0 in the dimensions along which it is constant."""
+    dims = varying(t)
+    return t[tuple(slice(None) if d in dims else slice(0, 1) for d in range(t.dim()))].expand_as(t)
+
+
+def place(like, dims):
+    """Return numbers that differ where the coordinates along `dims` do, of size 1 elsewhere."""
+    sizes = [n if d in dims else 1 for d, n in enumerate(like.shape)]
+    return torch.arange(math.prod(sizes), device=like.device).view(sizes)
+
+
+def mix(*parts):
+    """Return a hash of integers and integer tensors, entry by entry."""
+    h = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        h = h + part
+        for shift, odd in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85)):
+            h ^= h >> shift
+            h *= odd
+    return h ^ (h >> 32)
+
+
+def fold(history, dims):
+    """Return a hash of the entries along `dims` and of their order, of size 1 there."""
+    history = thin(history)
+    return mix(history, place(history, dims)).sum(dims, keepdim=True) if dims else mix(history)
+
+
+class Names:
+    """The names of a run, the equations that they must obey, and what was done to them."""
+
+    def __init__(self):
+        self.step, self.operation = 0, ""  # what is running
+        self.owner = [None]  # for each name the number of its parameter
+        self.known = 1  # how many names there were before the operation
+        self.equations = []  # (a, b, r): log c_a = r log c_b
+        self.marks = []  # (names, hashes of what was done to them)
+        self.met = []  # names of entries that took part in the run
+        self.ended = {}  # (operation, the parameter whose names it fixed), in the order of the run
+
+    def name(self, parameter, *groups):
+        """Give a parameter names along groups of axes: each a list of axes, or NamedAxes."""
+        parameter.named_axes = []
+        for group in groups:
+            if not isinstance(group, NamedAxes):
+                sizes = [parameter.shape[a] for a in group]
+                group = NamedAxes(group, torch.arange(math.prod(sizes)).view(sizes), group)
+            parameter.named_axes.append(group._replace(names=group.names + len(self.owner)))
+            self.owner += [parameter.number] * (1 + int(group.names.max()))
+
+    def named(self, state, *groups):
+        """Return the factors of a state; a new parameter gets names, along two axes by default."""
+        if not isinstance(state, View):
+            return state
+        parameter, factors = state.parameter, []
+        if is_new(state):
+            axes = [a for a, n in enumerate(parameter.shape) if n > 1]
+            self.name(parameter, *(groups or [[a] for a in axes[:2]]))
+        for axes, names, summed in parameter.named_axes:
+            names = names.to(state.history.device)[tuple(thin(state.coordinates[a]) for a in axes)]
+            rows = [thin(c) for a, c in enumerate(state.coordinates) if a not in summed]
+            factors.append(Factor(names, mix(parameter.number, *rows, thin(state.history))))
+            self.met.append(names.flatten().cpu().numpy())
+        return spread(factors, state.history.shape)
+
+    def tie(self, a, b, ratio=1):
+        """Demand log c_a = ratio log c_b; return a, or b where a is blank."""
+        a, b = torch.broadcast_tensors(thin(a), thin(b))
+        real = (a != BLANK) & (b != BLANK) & ((a != b) | (ratio != 1))
+        self.equations.append((a[real].cpu().numpy(), b[real].cpu().numpy(), ratio))
+        return torch.where(a == BLANK, b, a)
+
+    def equal(self, names, dims):
+        """Demand that names be equal along `dims`; return them, of size 1 there."""
+        names = thin(names)
+        if names.numel() == 0 or all(names.shape[d] == 1 for d in dims):
+            return names
+        one = names.amax(dims, keepdim=True)  # BLANK is the least of all
+        self.tie(names, one)
+        return one
+
+    def fix(self, state):
+        """Demand that the scales of a state be 1, because of the operation that is running."""
+        if is_new(state):
+            state.parameter.named_axes = []
+        for f in self.named(state):
+            names = thin(f.names).unique()
+            self.tie(names, torch.zeros_like(names))
+            for name in names[
+                (names != 0) & (names.abs() < self.known) & (names != BLANK)
+            ].tolist():
+                self.ended[self.operation, self.owner[abs(name)]] = True
+
+    def agree(self, x, y):
+        """Return the factors of x + y, and of all else for which x and y must scale alike."""
+        for one, other in ((x, y), (y, x)):
+            if isinstance(other, View):
+                continue
+            if other and bool((thin(other[0].names) == BLANK).all()):
+                return one
+            if is_new(one):
+                self.name(one.parameter, *filter(None, (one.axes(varying(f.names)) for f in other)))
+        x, y, both = self.named(x), self.named(y), []
+        for f in x:
+            if y:
+                g = nearest(f, y)
+                y = [h for h in y if h is not g]
+                names, history = self.tie(f.names, g.names), mix(thin(f.history), thin(g.history))
+                both += spread([Factor(names, history)], f.names.shape)
+            else:
+                self.fix([f])
+        self.fix(y)
+        return both
+
+    # What was done to names, for GL(d)
+
+    def mark(self, names, marks):
+        """Note what was done to names; whether to them or to their inverses makes a difference."""
+        names, marks = torch.broadcast_tensors(names, mix(marks, names.sign()))
+        real = (names != 0) & (names != BLANK)
+        self.marks.append((names[real].abs().cpu().numpy(), marks[real].cpu().numpy()))
+
+    def apart(self, factors):
+        """Note that entries were treated one by one."""
+        for f in factors:
+            self.mark(thin(f.names), thin(f.names))
+
+    def touched(self, state, *others):
+        """Return the state of a tensor times fixed ones, which may vary from entry to entry."""
+        if not state:
+            return state
+        like = state.history if isinstance(state, View) else state[0].history
+        strides = [other.expand(like.shape).stride() for other in others]
+        where = place(like, [d for d in range(like.dim()) if any(s[d] for s in strides)])
+
+        def change(history):
+            return mix(thin(history), self.step, where).expand(like.shape)
+
+        if isinstance(state, View):
+            return View(state.parameter, state.coordinates, change(state.history))
+        return [Factor(f.names, change(f.history)) for f in state]
+
+
+def nearest(f, others):
+    """Return that of the other factors which varies along most of the dimensions that f does."""
+    if len(others) == 1:
+        return others[0]
+    return max(others, key=lambda g: len(varying(f.names) & varying(g.names)))

@@ -1,0 +1,84 @@
+"""Teleports to where any objective is larger, by the general ascent through the action."""
+
+from typing import NamedTuple
+
+import torch
+
+from .ascent import Orbit, ascend
+from .groups import Group, act_on, exponential, unwrapped
+from .moving import act_on_
+from .stacks import plan_of
+
+
+def teleport_to(model, symmetry, objective, lr, steps, optimizer=None, *, also=(), **limits):
+    """Move a model in place to where an objective is larger; return its path [steps + 1].
+
+    objective(parameters) returns a number from {name: tensor}; lr < 0 descends. Each step
+    differentiates it through the action; `limits` are `stop` and `max_norm` of `ascend`, which
+    bounds |T|_F of each element. What moves along is what `teleport_` moves. Raises its errors, and
+    ValueError where the objective is not finite: then nothing has moved.
+    """
+    model = unwrapped(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    plan = plan_of(model, parameters, symmetry)
+
+    def act(tensors, elements):
+        moved = act_on(dict(zip(plan.names, tensors)), symmetry, elements)
+        return [moved[name] for name in plan.names]
+
+    def value(tensors):
+        return objective({**parameters, **dict(zip(plan.names, tensors))})
+
+    zeros = [plan.like.new_zeros(group.count, group.size, group.size) for group in symmetry]
+    orbit = Orbit(act, [Exponential(group) for group in symmetry], zeros)
+    start = [parameters[name] for name in plan.names]
+    _, path = ascend(orbit, value, start, lr, steps, **limits)
+    if not path.objective.isfinite().all():
+        raise ValueError(f"the objective becomes {path.objective[-1]}: take a smaller lr")
+    act_on_(model, symmetry, path.group_elements, optimizer, also=also)
+    return path.objective
+
+
+class Exponential(NamedTuple):
+    """g = exp(T) for a group, as an `Orbit` needs it."""
+
+    group: Group
+
+    def project(self, T):
+        return T
+
+    def element(self, T):
+        return exponential(self.group, T)
+
+
+def gradient_norm(loss, names):
+    """Return |∇L|² over the parameters of these names, an objective.
+
+    loss(parameters) returns a number from {name: tensor}; it is differentiated twice. `teleport_`
+    does the same for a small part of the cost, as a symmetry keeps the loss on all data.
+    """
+
+    def objective(parameters):
+        some = {name: parameters[name] for name in names}
+        gradient = torch.func.grad(lambda part: loss({**parameters, **part}))(some)
+        return sum((g**2).sum() for g in gradient.values())
+
+    return objective
+
+
+def mean_perturbed_loss(loss, radii, seed=0):
+    """Return φ (Eq. 4), an objective, with one direction on the sphere of all weights a radius.
+
+    loss(parameters) returns a number from {name: tensor}. Every evaluation takes the directions of
+    `seed`.
+    """
+
+    def objective(parameters):
+        generator, total = torch.Generator().manual_seed(seed), 0
+        for radius in radii:
+            d = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in parameters.items()}
+            length = sum((part**2).sum() for part in d.values()).sqrt()
+            total = total + loss({n: p + radius / length * d[n] for n, p in parameters.items()})
+        return total / len(radii)
+
+    return objective

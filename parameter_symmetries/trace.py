@@ -1,0 +1,270 @@
+"""Find the symmetries of any module by watching it run.
+
+`symmetry_of` runs a model once, and sees the few dozen ATen operations that it consists of,
+whatever Python does above them. Beside every floating tensor stand its *factors*: integer tensors
+of the same shape that say, entry by entry, the *name* of the scale that the entry follows. A
+parameter gets names where it is first used: one for each index of the axis that is summed over
+there, and one for each index of the other. A rule for each operation says what it does to names,
+and which names must be equal. What is not known, or bends its input as a softmax or GELU does,
+fixes the names that it touches; inputs, buffers and outputs are fixed. So an answer may lack a
+symmetry, but it is right for whatever the run met.
+
+What must be equal are equations between names. The connected components of their graph, without
+those that meet a fixed name, are the rescalings: `components` finds them.
+
+Beside its name an entry has a *history*: a hash of the sums that made it, and of the coordinates
+that it had there, but for the index that tells names from each other. A sum over this index marks
+the names with the histories that it meets, and an operation that treats entries one by one marks
+each name apart. So components with the same marks went through the same sums in the same places,
+and through nothing else: they may be mixed, which is GL(d).
+"""
+
+import sys
+from collections import defaultdict
+from contextlib import nullcontext
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from .components import edges_of, groups_of, ratios_of
+from .groups import LINEAR, floating, unwrapped
+from .names import BLANK, Factor, Names, Parameter, View, place, thin
+from .rules import MOVES, RULES, blank
+
+
+def symmetry_of(model, *inputs, keep=None, **kwargs):
+    """Return the Symmetry of a module: all groups that keep the outputs and that one run shows.
+
+    The model runs once, model(*inputs, **kwargs), as it is: in training or in evaluation, which may
+    differ, without gradients. One or two samples are enough, if they meet all parts of the model:
+    a part that does not run, such as an expert that no sample takes, has no group here, and should
+    not be one that other samples take. Parameters, buffers and the random state stay as they are.
+
+    keep(output) returns those of the outputs that must stay; by default all floating ones. A cache
+    of keys and values among the outputs fixes these: then take keep=lambda output: output.logits.
+    Running statistics of a batch norm in evaluation fix what they normalise, as its ε does in
+    training; fold them into the layer before (torch.nn.utils.fuse_conv_bn_eval) to free it.
+
+    Raises ValueError for a model on the meta device, which cannot run.
+    """
+    model = unwrapped(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if any(p.is_meta for p in parameters.values()):
+        raise ValueError("the model has meta tensors: its symmetries are found by running it")
+    trace = Trace(parameters)
+    trace.watch(model, keep or (lambda output: output), inputs, kwargs)
+    return Symmetry(groups_of(trace, trace.parameters), trace.endings())
+
+
+class Symmetry(list):
+    """A list of Groups, which print shows as a table.
+
+    ended: what ended symmetries, such as "gelu after h.0.mlp.c_fc": an operation, and the module
+    whose parameters made the units that it fixed.
+    """
+
+    def __init__(self, groups=(), ended=()):
+        super().__init__(groups)
+        self.ended = list(ended)
+
+    def __str__(self):
+        rows = [("group", "count", "made by", "read by")]
+        for group in self:
+            kind = f"GL({group.size})" if group.kind == LINEAR else group.kind
+            rows.append((kind, str(group.count), listed(group, 1), listed(group, -1)))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        units = sum(group.count * group.size for group in self)
+        return "\n".join([*lines, f"{units:,} units in {len(self)} groups"])
+
+
+def listed(group, sign, most=3):
+    """Return the axes of a group that make its units (sign 1), or read them (-1), as text."""
+    texts = []
+    for axis in group.axes:
+        if axis.power * sign > 0:
+            power = f"^{axis.power:g}" if abs(axis.power) != 1 else ""
+            texts.append(f"{axis.name}[{axis.dim}]{power}")
+    return ", ".join(texts[:most] + [f"and {len(texts) - most} more"] * (len(texts) > most))
+
+
+def is_floating(x):
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+class Trace(Names, TorchDispatchMode):
+    """Watches operations, and keeps the state of every floating tensor beside it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # it would import the compiler, which takes seconds
+
+    def __init__(self, parameters):
+        Names.__init__(self)
+        TorchDispatchMode.__init__(self)
+        self.states = WeakTensorKeyDictionary()
+        self.memory = defaultdict(list)  # for each storage the tensors seen on it
+        self.parameters = []
+        for name, value in parameters.items():
+            parameter = Parameter(name, len(self.parameters), value.shape)
+            self.parameters.append(parameter)
+            if others := self.sharing(value):  # tied by .data: who moves one moves the other
+                parameter.named_axes = self.states[others[0]].parameter.named_axes = []
+            coordinates = [place(value, [d]).expand(value.shape) for d in range(value.dim())]
+            history = torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
+            self.remember(value, View(parameter, coordinates, history))
+
+    def watch(self, model, keep, inputs, kwargs):
+        """Run a model under this mode, and fix keep(its output)."""
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        compiled = "torch._dynamo" in sys.modules
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer
+        try:
+            exact = sdpa_kernel(SDPBackend.MATH)  # attention by products that can be seen
+            with torch.no_grad(), torch.random.fork_rng(devices), eager, exact, self, Escapes(self):
+                output = model(*inputs, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, name, buffer, copy in buffers:
+                buffer.copy_(copy)
+                module._buffers[name] = buffer
+        self.operation, self.known = "output", len(self.owner)
+        for value in floating(keep(output)):
+            self.fix(self.state(value))
+
+    def endings(self):
+        """Return "operation after module" for what fixed names, in the order of the run."""
+        texts = []
+        for operation, owner in self.ended:
+            module, _, name = self.parameters[owner].name.rpartition(".")
+            operation = operation.removeprefix("_").removeprefix("native_")
+            texts.append(f"{operation} after {module or name}")
+        return list(dict.fromkeys(texts))
+
+    def is_fixed(self, names):
+        """Return whether all that was demanded so far fixes these names."""
+        _, ratios = ratios_of(*edges_of(self.equations), len(self.owner))
+        return not ratios[thin(names).abs().cpu().numpy()].any()
+
+    # Tensors and their states
+
+    def sharing(self, value):
+        """Return the tensors seen so far that share their memory with `value`."""
+        key = value.untyped_storage()._cdata
+        alive = [(ref, t) for ref in self.memory[key] if (t := ref()) is not None]
+        self.memory[key] = [ref for ref, _ in alive]
+        return [t for _, t in alive if t is not value]
+
+    def state(self, value):
+        """Return what is known of a tensor; numbers, integers and None are fixed, []."""
+        if not is_floating(value):
+            return []
+        if value not in self.states:  # an input, a buffer, or .data, which no operation shows
+            for other in self.sharing(value):
+                self.fix(self.states[other])
+            self.remember(value, [])
+        return self.states[value]
+
+    def factors(self, value):
+        return self.named(self.state(value))
+
+    def remember(self, value, state):
+        """Keep the state of a tensor that is new."""
+        self.states[value] = state if self.sharing(value) else owned(value, state)
+        self.memory[value.untyped_storage()._cdata].append(TensorWeakRef(value))
+
+    def overwrite(self, value, new):
+        """Change a tensor's state in place; those that share its memory follow, or are fixed."""
+        old, others = self.state(value), self.sharing(value)
+        if isinstance(old, View):
+            self.fix(old)
+        if not others:
+            self.states[value] = owned(value, new)
+            return
+        if not all(self.states[other] for other in others):
+            self.fix(new)
+        zero = torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
+        pairs = zip_longest(self.named(old), self.named(new), fillvalue=Factor(zero, zero))
+        for f, g in pairs:
+            self.apart([f])
+            names = self.tie(f.names, g.names)
+            if has_blank(f):
+                f.history.copy_(torch.where(f.names == BLANK, g.history, f.history))
+                f.names.copy_(names)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, schema = kwargs or {}, function._schema
+        out = function(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if is_floating(t)]
+        states = [self.state(t) for t in tensors]
+        given = dict(zip([about.name for about in schema.arguments], args)) | kwargs
+        writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        written = [given[name] for name in writes if is_floating(given.get(name))]
+        in_place = bool(written) and out is written[0] and out is args[0]
+
+        operation = schema.name.split("::")[1]
+        self.operation = operation.rstrip("_") if in_place else operation
+        self.function, self.step, self.known = function, self.step + 1, len(self.owner)
+        rule, new = RULES.get(self.operation), []
+        if written and (not in_place or rule in MOVES):
+            rule = None
+        if any(states) or rule is blank:
+            new = rule(self, out, *args, **kwargs) if rule else None
+            if new is None:
+                for state in states:
+                    self.fix(state)
+        new = new if isinstance(new, tuple) else (new or [],)
+        for value in written:
+            self.overwrite(value, new[0] if in_place else [])
+        for value, state in zip_longest(as_list(out), new, fillvalue=[]):
+            if is_floating(value) and not any(value is t for t in tensors):
+                self.remember(value, state)
+        return out
+
+
+class Escapes(TorchFunctionMode):
+    """Sees the ways out of torch: what Python or NumPy get is fixed."""
+
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            self.trace.operation = function.__name__
+            self.trace.fix(self.trace.state(args[0]))
+        return function(*args, **(kwargs or {}))
+
+
+def as_list(out):
+    return out if isinstance(out, list | tuple) else [out]
+
+
+def has_blank(f):
+    return bool((thin(f.names) == BLANK).any())
+
+
+def owned(value, state):
+    """Return a state with blank names in a memory of their own that lie there as the values do.
+
+    So what is written into the values through a view can be written into the names, too.
+    """
+    if isinstance(state, View) or not any(map(has_blank, state)):
+        return state
+    return [
+        Factor(*(torch.empty_like(value, dtype=torch.int64).copy_(t) for t in f)) for f in state
+    ]
