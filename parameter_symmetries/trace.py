@@ -51,7 +51,8 @@ def symmetry_of(model, *inputs, keep=None, **kwargs):
     Running statistics of a batch norm in evaluation fix what they normalise, as its ε does in
     training; fold them into the layer before (torch.nn.utils.fuse_conv_bn_eval) to free it.
 
-    Raises ValueError for a model on the meta device, which cannot run.
+    Raises ValueError for a model on the meta device, which cannot run, and where there are no
+    floating outputs, or where they are hidden in objects that torch.utils._pytree does not know.
     """
     model = unwrapped(model)
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
@@ -114,8 +115,9 @@ class Trace(Names, TorchDispatchMode):
         for name, value in parameters.items():
             parameter = Parameter(name, len(self.parameters), value.shape)
             self.parameters.append(parameter)
-            if others := self.sharing(value):  # tied by .data: who moves one moves the other
-                parameter.named_axes = self.states[others[0]].parameter.named_axes = []
+            for other in self.sharing(value):
+                if overlap(value, other):  # tied by .data: who moves one moves the other
+                    parameter.named_axes = self.states[other].parameter.named_axes = []
             coordinates = [place(value, [d]).expand(value.shape) for d in range(value.dim())]
             history = torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
             self.remember(value, View(parameter, coordinates, history))
@@ -136,14 +138,16 @@ class Trace(Names, TorchDispatchMode):
         try:
             exact = sdpa_kernel(SDPBackend.MATH)  # attention by products that can be seen
             with torch.no_grad(), torch.random.fork_rng(devices), eager, exact, self, Escapes(self):
-                output = model(*inputs, **kwargs)
+                outputs = floating(keep(model(*inputs, **kwargs)))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, name, buffer, copy in buffers:
                 buffer.copy_(copy)
                 module._buffers[name] = buffer
+        if not outputs:
+            raise ValueError("the model has no floating outputs: name them by keep=")
         self.operation, self.known = "output", len(self.owner)
-        for value in floating(keep(output)):
+        for value in outputs:
             self.fix(self.state(value))
 
     def endings(self):
@@ -208,6 +212,7 @@ class Trace(Names, TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, schema = kwargs or {}, function._schema
+        self.stride = args[0].stride() if args and is_floating(args[0]) else ()
         out = function(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if is_floating(t)]
         states = [self.state(t) for t in tensors]
@@ -244,10 +249,16 @@ class Escapes(TorchFunctionMode):
         self.trace = trace
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):
             self.trace.operation = function.__name__
             self.trace.fix(self.trace.state(args[0]))
         return function(*args, **(kwargs or {}))
+
+
+def overlap(a, b):
+    """Return whether two tensors that lie densely in memory have some of it in common."""
+    start, other = a.data_ptr(), b.data_ptr()
+    return start < other + b.nbytes and other < start + a.nbytes
 
 
 def as_list(out):

@@ -212,7 +212,7 @@ PAIRS += [(teleportation.RESCALING, LeakyReLU()), (teleportation.LINEAR, models.
 
 
 @pytest.mark.filterwarnings("ignore:the activations")  # of ReLU's dead units
-@pytest.mark.parametrize("action, activation", PAIRS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("action, activation", PAIRS, ids=range(len(PAIRS)))
 def test_every_action_and_activation_can_be_chosen(tmp_path, monkeypatch, action, activation):
     monkeypatch.setattr(script, "ACTION", action)
     monkeypatch.setattr(script, "ACTIVATION", activation)

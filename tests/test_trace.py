@@ -1,5 +1,7 @@
 """symmetry_of: what theory gives is found, and what is found is right."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +233,10 @@ def test_weights_that_are_tied_or_normalised_have_fewer_groups():
     model = two_layers(F.relu, 8, 8, 8)
     model.l1.weight.data = model.l0.weight.data  # the same memory, which autograd does not know
     assert symmetry_of(model, torch.randn(5, 8)) == []
+    model = two_layers(F.relu)
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector, model.parameters())  # one memory, side by side
+    assert units(symmetry_of(model, torch.randn(5, 8))) == 12
 
 
 def test_a_weight_that_is_used_twice_has_one_scale():
@@ -249,6 +255,18 @@ def test_a_cache_among_the_outputs_fixes_keys_and_values():
     symmetry = symmetry_of(model, x, keep=lambda out: out["logits"])
     assert blocks(symmetry) == {8: 2}
     assert check_symmetry(model, symmetry, x, keep=lambda out: out["logits"]) < 1e-10
+
+
+def test_what_is_kept_may_be_computed_from_the_outputs_and_must_be_there():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8, bias=False))
+    model[1].weight = nn.Parameter(torch.eye(8))
+    residual = Functional(lambda m, x: m.net[0](x) + m.net(x), net=model)
+    symmetry = symmetry_of(residual, torch.arange(5), keep=lambda out: out.softmax(-1))
+    assert symmetry == []
+    hidden = Functional(lambda m, x: SimpleNamespace(out=m.net(x)), net=model)
+    with pytest.raises(ValueError, match="keep="):
+        symmetry_of(hidden, torch.arange(5))
+    assert symmetry_of(hidden, torch.arange(5), keep=lambda out: out.out) != []
 
 
 def test_wrapped_models_are_those_inside():

@@ -34,6 +34,10 @@ BLOOM = {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
 SWIN = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+SWIN_UNITS = 2 * 4 * 8 + 32 + 2 * 4 * 16 + 16  # norms and attention of blocks, the norms between
+# of each layer the norm, the units that the depthwise convolution reads, the rank of Δ, and B
+# against C
+MAMBA = 2 * (32 + 48 + 2 + 4)
 LLAMA = 2 * (32 + 2 * 4 + 16 + 32 + 48) + 32
 
 MODELS = {  # class: configuration, units, GL(d)
@@ -47,15 +51,19 @@ MODELS = {  # class: configuration, units, GL(d)
     "PhiForCausalLM": (SIZES, 2 * (32 + 4 * (2 + 4) + 32) + 32, {4: 8, 8: 8}),  # rotates a half
     "OPTForCausalLM": (SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}, 352, {8: 16}),
     "BloomForCausalLM": (BLOOM, 2 * 4 * 32, {8: 16}),
-    "MambaForCausalLM": (SIZES | {"state_size": 4}, None, {2: 2}),
-    "MixtralForCausalLM": (SHARED | {"num_local_experts": 4}, None, {8: 4}),
+    "MambaForCausalLM": (SIZES | {"state_size": 4}, MAMBA, {2: 2}),
+    "MixtralForCausalLM": (SHARED | {"num_local_experts": 4}, LLAMA + 2 * 3 * 48, {8: 4}),
     "BertForMaskedLM": (SIZES, 2 * 2 * 32 + 32, {8: 16}),
-    "T5ForConditionalGeneration": (T5, None, {8: 48}),
+    "T5ForConditionalGeneration": (T5, 2 * (176 + 272), {8: 48}),
     "ViTForImageClassification": (IMAGES, 2 * 4 * 32 + 32, {8: 16}),
-    "SwinForImageClassification": (SWIN | {"image_size": 32, "patch_size": 2}, None, {4: 8, 8: 8}),
+    "SwinForImageClassification": (
+        SWIN | {"image_size": 32, "patch_size": 2},
+        SWIN_UNITS,
+        {4: 8, 8: 8},
+    ),
     "ResNetForImageClassification": (STAGES | {"layer_type": "basic"}, 48, {}),
     "MobileNetV2ForImageClassification": ({"depth_multiplier": 0.25, "image_size": 32}, 184, {}),
-    "ConvNextForImageClassification": (STAGES | {"num_stages": 2}, None, {}),
+    "ConvNextForImageClassification": (STAGES | {"num_stages": 2}, 72, {}),
 }
 
 
@@ -91,7 +99,7 @@ def test_it_finds_the_symmetries_of_models_that_people_use(name):
         if group.kind == LINEAR:
             found[group.size] = found.get(group.size, 0) + group.count
     assert found == blocks, symmetry
-    assert units in (None, sum(group.count * group.size for group in symmetry)), symmetry
+    assert sum(group.count * group.size for group in symmetry) == units, symmetry
     check_symmetry(model, symmetry, **batch_of(name, 3, 23))
 
 
