@@ -275,7 +275,8 @@ def draw_bits(path, arrays_of, per):
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, arrays) in zip(panels, arrays_of.items()):
         key = "loss" if "GPT" in title else "accuracy"
-        for marker, (arm, values) in zip(plots.MARKERS, by_arm(arrays, key).items()):
+        for arm, values in by_arm(arrays, key).items():
+            marker = plots.MARKERS[list(ARMS).index(arm)]
             style = dict(zip(("label", "color"), ARMS[arm]), marker=marker, ms=4)
             plots.plot_mean(axes, range(len(BITS)), values[list(PERS).index(per)], **style)
         axes.axhline(arrays[f"float_{key}"].mean(), color=plots.GREY, lw=0.8, ls=":")
