@@ -24,7 +24,7 @@ from .groups import (
 )
 from .moving import act_on_
 from .objectives import gradient_norm, mean_perturbed_loss, teleport_to
-from .rounding import equalize_, predicted_rise, round_weights
+from .rounding import equalize_, predicted_rise, round_weights, rounded_weights
 from .teleport import teleport_
 from .trace import symmetry_of
 
@@ -45,6 +45,7 @@ __all__ = [
     "predicted_rise",
     "random_elements",
     "round_weights",
+    "rounded_weights",
     "symmetry_of",
     "teleport_",
     "teleport_to",

@@ -14,22 +14,20 @@ def check_symmetry(model, symmetry, *inputs, keep=None, **kwargs):
     """Return how far random elements of a symmetry change model(*inputs, **kwargs), relatively.
 
     Raises ValueError if that is more than rounding does, and says which group changes it by how
-    much. The outputs are computed in double precision, whatever the model's type; where the model
-    has no kernels for it, or casts to another type inside, the bound is that type's. keep(output)
-    returns those of the outputs that should stay; by default all floating ones.
+    much, and where the outputs have nan. The outputs are computed in double precision, whatever the
+    model's type; where the model has no kernels for it, or casts to another type inside, the bound
+    is that type's. keep(output) returns those of the outputs that should stay; by default all
+    floating ones.
     """
     model = unwrapped(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     check_groups(dict(model.named_parameters()), symmetry)
     elements = random_elements(symmetry, 0.5, torch.Generator().manual_seed(0))
 
     def run(precision, *chosen):
-        def cast(leaf):
-            is_floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-            return leaf.detach().to(precision) if is_floating else leaf
-
-        state = tree_map(cast, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+        state, args, options = tree_map(lambda x: copied(x, precision), (tensors, inputs, kwargs))
         state = act_on(state, [symmetry[k] for k in chosen], [elements[k] for k in chosen])
-        out = outputs(model, state, *tree_map(cast, inputs), **tree_map(cast, kwargs))
+        out = outputs(model, state, *args, **options)
         return floating(keep(out) if keep else out)
 
     precision = torch.float64
@@ -41,19 +39,34 @@ def check_symmetry(model, symmetry, *inputs, keep=None, **kwargs):
             reference = run(precision)
     if not reference:
         raise ValueError("the model has no floating outputs: name them by keep=")
+    if any(out.isnan().any() for out in reference):
+        raise ValueError("the outputs have nan before anything moves")
     bound = max(rounding.eps, torch.finfo(precision).eps) ** 0.6
     everyone = range(len(symmetry))
     changed = relative_change(run(precision, *everyone), reference)
     if not changed <= bound:
         alone = [relative_change(run(precision, k), reference) for k in everyone]
-        k = alone.index(max(alone))
-        names = list(dict.fromkeys(axis.name for axis in symmetry[k].axes))
-        names = ", ".join(names[:4] + ["…"] * (len(names) > 4))
-        raise ValueError(
-            f"group {k} ({names}) is no symmetry of the model: it changes the outputs by "
-            f"{alone[k]:.1e} of the largest, where rounding may by {bound:.0e}"
-        )
+        raise ValueError(what_changes(symmetry, alone, changed, bound))
     return changed
+
+
+def copied(leaf, precision):
+    """Return a copy of a tensor, which a model may write to, in a precision if it is floating."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().to(precision if leaf.is_floating_point() else leaf.dtype, copy=True)
+
+
+def what_changes(symmetry, alone, together, bound):
+    """Return in words which group changes the outputs most, or that all do so together."""
+    k = alone.index(max(alone))
+    names = list(dict.fromkeys(axis.name for axis in symmetry[k].axes))
+    names = ", ".join(names[:4] + ["…"] * (len(names) > 4))
+    subject, change = f"group {k} ({names}) is no symmetry of the model: it changes", alone[k]
+    if alone[k] <= bound:
+        subject, change = "each group is a symmetry, but together they change", together
+    change = f"{change:.1e} of the largest"
+    return f"{subject} the outputs by {change}, where rounding may by {bound:.0e}"
 
 
 class Rounding(TorchDispatchMode):

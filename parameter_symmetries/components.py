@@ -40,7 +40,7 @@ def groups_of(names, parameters):
     axis, position, name = axis[free], position[free], name[free]
     entries = Entries(axis, position, name, component[name], power[name], block[component[name]])
     entries = with_both_sides(merged(entries))
-    # blocks of one size that have the same axes, with the same powers, are one group
+    # blocks of one size that have the same axes, with the same powers to 1e-3, are one group
     _, first = np.unique(entries.component, return_index=True)
     kind = np.bincount(entries.block[first], minlength=size)
     powers = hashed(entries.axis, (entries.power * 1000).astype(int))
@@ -74,10 +74,10 @@ def named_entries(names, parameters):
 def edges_of(equations):
     """Return equations log c_a = r log c_b between names without sign: three arrays a, b, r."""
     a, b, r = [np.zeros(1, int)], [np.zeros(1, int)], [np.ones(1)]
-    for left, right, ratio in equations:
-        a.append(abs(left))
-        b.append(abs(right))
-        r.append(np.where((left < 0) == (right < 0), ratio, -ratio))
+    for one, other, ratio in equations:
+        a.append(abs(one))
+        b.append(abs(other))
+        r.append(np.where((one < 0) == (other < 0), ratio, -ratio))
     return tuple(np.concatenate(parts) for parts in (a, b, r))
 
 
@@ -169,11 +169,14 @@ def group_of(entries, role, axes):
     """Return the Group of entries whose blocks have the same axes."""
     blocks, member = np.unique(entries.block, return_inverse=True)
     size = len(np.unique(entries.component)) // len(blocks)
+    # an entry that several units scale by the same power is in several axes
+    power = (entries.power * 1000).astype(int)
+    layer = rank(hashed(entries.axis, entries.position, power), entries.component)
     made_first = np.lexsort((entries.name, entries.power < 0))
-    pairs = zip(entries.axis[made_first].tolist(), entries.power[made_first].tolist())
+    keys = zip(*(column[made_first].tolist() for column in (entries.axis, entries.power, layer)))
     moved = []
-    for k, power in dict.fromkeys(pairs):
-        here = (entries.axis == k) & (entries.power == power)
+    for k, power, n in dict.fromkeys(keys):
+        here = (entries.axis == k) & (entries.power == power) & (layer == n)
         index, members = rows_of(entries.where(here), member[here], role, size)
         parameter, dims = axes[k]
         every = np.arange(math.prod(parameter.shape[d] for d in dims))
@@ -190,12 +193,17 @@ def group_of(entries, role, axes):
     return Group(LINEAR if size > 1 else RESCALING, len(blocks), size, moved)
 
 
+def rank(key, value):
+    """Return for each entry how many of those with the same key have a lower value."""
+    order = np.lexsort((value, key))
+    lower = np.empty(len(key), int)
+    lower[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    return lower
+
+
 def rows_of(entries, member, role, size):
     """Return the positions of the rows that a group moves along an axis, and each one's member."""
-    order = np.lexsort((entries.position, entries.name))
-    names = entries.name[order]
-    repeat = np.empty(len(names), int)  # how often the name was before, as in grouped convolutions
-    repeat[order] = np.arange(len(names)) - np.searchsorted(names, names)
+    repeat = rank(entries.name, entries.position)  # one name has several rows in grouped kernels
     order = np.lexsort((entries.component, repeat, role[entries.name], member))
     index, members = entries.position[order].reshape(-1, size), member[order][::size]
     order = np.lexsort((index[:, 0], members))

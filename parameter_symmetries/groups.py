@@ -250,6 +250,15 @@ def outputs(model, parameters, *inputs, **kwargs):
 
 
 def floating(tree):
-    """Return the floating tensors in nested lists, tuples, dictionaries and outputs of models."""
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """Return the floating tensors in nested lists, tuples, dictionaries and outputs of models.
+
+    Raises ValueError for tensors that are attributes of other objects. Caches of keys and values,
+    whose layers are objects in turn, are no outputs.
+    """
+    leaves = tree_leaves(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    for leaf in leaves:
+        attributes = {} if isinstance(leaf, torch.Tensor) else getattr(leaf, "__dict__", {})
+        if any(isinstance(inner, torch.Tensor) for inner in tree_leaves(dict(attributes))):
+            raise ValueError(f"cannot see into {type(leaf).__name__}: return its tensors by keep=")
     return [leaf for leaf in tensors if leaf.is_floating_point() and leaf.numel()]

@@ -49,8 +49,11 @@ def moving_tensors(plan, copies, optimizer):
     Where weights are moved by g, gradients are moved by g^{-T}, hence so are means of them. Means
     of their squares are moved by the squares of its entries: that is exact under RESCALING, and
     under LINEAR if gradients of different units are uncorrelated. The momentum of RMSprop, of
-    gradients over their roots, has no scale: it stays. Raises ValueError for state of other kinds.
+    gradients over their roots, has no scale: it stays. Raises ValueError for state of other kinds,
+    and for sparse gradients.
     """
+    if optimizer is not None:
+        check_optimizer(optimizer, [tensors[name] for tensors in copies for name in plan.names])
     moving = {}
     for name in plan.names:
         pairs = []
@@ -58,19 +61,40 @@ def moving_tensors(plan, copies, optimizer):
             tensor = tensors[name]
             pairs.append((-1, tensor))
             if tensor.grad is not None:
+                if tensor.grad.layout != torch.strided:
+                    raise ValueError(f"the gradient of {name} is sparse: groups move dense ones")
                 pairs.append((1, tensor.grad))
             state = {} if optimizer is None else optimizer.state.get(tensor, {})
             for key, value in state.items():
                 if not isinstance(value, torch.Tensor) or value.dim() == 0:
                     continue  # a count of steps
                 if key not in POWERS or value.shape != tensor.shape:
-                    kind = f"{key!r} of {type(optimizer).__name__}"
-                    raise ValueError(f"no rule moves {kind}: without optimizer= the state stays")
+                    raise no_rule(key, optimizer)
                 if key != "momentum_buffer" or "square_avg" not in state:
                     pairs.append((POWERS[key], value))
         # a tensor that is named several times moves once
         moving[name] = list({id(tensor): (power, tensor) for power, tensor in pairs}.values())
     return moving
+
+
+def check_optimizer(optimizer, moving):
+    """Raise ValueError where an optimizer's state belongs to other parameters, or to several."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [tensor for tensor in moving if tensor.grad is not None]
+    if optimizer.state and trained and not any(id(tensor) in known for tensor in trained):
+        raise ValueError("the optimizer has none of the parameters that move: were they replaced?")
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            # LBFGS keeps all parameters' state, flat, with the first
+            is_tensor = isinstance(value, torch.Tensor) and value.numel() > 1
+            if is_tensor and value.shape != p.shape:
+                raise no_rule(key, optimizer)
+
+
+def no_rule(key, optimizer):
+    """Return the error for state that cannot be moved."""
+    kind = f"{key!r} of {type(optimizer).__name__}"
+    return ValueError(f"no rule moves {kind}: without optimizer= the state stays")
 
 
 def move(plan, elements, moving):

@@ -48,6 +48,17 @@ class View:
         """Return the axes along which one moves in the parameter on moving along `dims` here."""
         return [a for a, c in enumerate(self.coordinates) if varying(c) & set(dims)]
 
+    def axes_like(self, names):
+        """Return the axes along which one moves where these names differ, or one of size 1."""
+        dims = varying(names)
+        single = [a for a, n in enumerate(self.parameter.shape) if n == 1 and not dims]
+        return self.axes(dims) or single[:1]
+
+
+def is_floating(x):
+    """Return whether x is a tensor that can have names; sparse and complex ones are fixed."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
+
 
 # States of tensors: a list of Factors, which multiply, or a View. [] is fixed.
 
@@ -171,6 +182,7 @@ class Names:
         """Demand that the scales of a state be 1, because of the operation that is running."""
         if is_new(state):
             state.parameter.named_axes = []
+            self.ended[self.operation, state.parameter.number] = True
         for f in self.named(state):
             names = thin(f.names).unique()
             self.tie(names, torch.zeros_like(names))
@@ -186,7 +198,7 @@ class Names:
             if other and bool((thin(other[0].names) == BLANK).all()):
                 return one
             if is_new(one):
-                self.name(one.parameter, *filter(None, (one.axes(varying(f.names)) for f in other)))
+                self.name(one.parameter, *filter(None, (one.axes_like(f.names) for f in other)))
         x, y, both = self.named(x), self.named(y), []
         for f in x:
             if y:
@@ -207,7 +219,7 @@ class Names:
         real = (names != 0) & (names != BLANK)
         self.marks.append((names[real].abs().cpu().numpy(), marks[real].cpu().numpy()))
 
-    def apart(self, factors):
+    def mark_each_entry(self, factors):
         """Note that entries were treated one by one."""
         for f in factors:
             self.mark(thin(f.names), thin(f.names))

@@ -11,6 +11,7 @@ from .names import (
     NamedAxes,
     each,
     fold,
+    is_floating,
     is_new,
     mix,
     nearest,
@@ -30,8 +31,8 @@ def contract(trace, x, y, sizes):
     for k, side in enumerate((x, y)):
         for f in side:
             dims = varying(f.names)
-            cancels = 2 in dims or (f.names.shape[2] == 1 and 1 not in dims)
-            (cancel if cancels else stay)[k].append(f)
+            is_only = f.names.shape[2] == 1 and 1 not in dims and not cancel[k]
+            (cancel if 2 in dims or is_only else stay)[k].append(f)
     for f, g in zip(*cancel):
         a, b = (trace.equal(h.names, [1]) for h in (f, g))
         # what is multiplied by a constant zero was not met: it is fixed
@@ -43,13 +44,14 @@ def contract(trace, x, y, sizes):
     pairs = min(map(len, cancel))
     for k in (0, 1):
         for f in cancel[k][pairs:]:  # the other side is fixed
-            if f.names.shape[2] == 1 or 1 in varying(f.names):
+            was_known = bool((thin(f.names).abs() < trace.known).any())
+            if 1 in varying(f.names) or (f.names.shape[2] == 1 and was_known):
                 stay[k].append(f)
             else:
                 trace.fix([f])
-    left = [summed(trace, f, sizes[2]) for f in stay[0]]
-    right = each(lambda t: t.mT, [summed(trace, f, sizes[1]) for f in stay[1]])
-    return spread(left + right, sizes)
+    of_x = [summed(trace, f, sizes[2]) for f in stay[0]]
+    of_y = each(lambda t: t.mT, [summed(trace, f, sizes[1]) for f in stay[1]])
+    return spread(of_x + of_y, sizes)
 
 
 def summed(trace, f, size):
@@ -80,14 +82,14 @@ def as_matrix(trace, state):
 def matmul(trace, out, x, y, *_):
     """Matrices [n, i, p] and [n, p, j], or with fewer dimensions, down to vectors."""
 
-    def left(t):
+    def rows(t):
         return t[(None,) * (3 - t.dim())]
 
-    def right(t):
-        return left(t if t.dim() == 1 else t.mT)
+    def columns(t):
+        return rows(t if t.dim() == 1 else t.mT)
 
-    sizes = *left(x).shape[:2], right(y).shape[1]
-    x, y = (as_matrix(trace, each(f, trace.state(t))) for f, t in ((left, x), (right, y)))
+    sizes = *rows(x).shape[:2], columns(y).shape[1]
+    x, y = (as_matrix(trace, each(f, trace.state(t))) for f, t in ((rows, x), (columns, y)))
     return each(lambda t: t.reshape(out.shape), contract(trace, x, y, sizes))
 
 
@@ -170,12 +172,12 @@ def product(trace, out, x, y, inverse=False, rounding_mode=None):
         absorb(trace, a, b)
     a, b = trace.named(a), trace.named(b)
     if inverse:
-        trace.apart(b)
+        trace.mark_each_entry(b)
         b = [Factor(-f.names, f.history) for f in b]
     if a and len(b) > 1:  # a diagonal matrix: it reads units and makes others
         f = nearest(b[0], a)
         trace.tie(f.names, -b[0].names)
-        trace.apart([f, *b])
+        trace.mark_each_entry([f, *b])
         a, b = [g for g in a if g is not f], b[1:]
     elif a:  # both might be scaled, but then two scales would be one factor
         trace.fix(b)
@@ -190,7 +192,7 @@ def absorb(trace, factors, view):
     """
     dims = set().union(*(varying(c) for c in view.coordinates))
     for f in factors:
-        axes = view.axes(varying(f.names))
+        axes = view.axes_like(f.names)
         if axes and (varying(f.names) <= dims or trace.is_fixed(f.names)):
             trace.name(view.parameter, axes, axes)
             return
@@ -207,7 +209,7 @@ def power(trace, out, x, exponent=None):
 
 def powers(trace, factors, r):
     """Return the factors of x^r: new names, for the powers of the old scales."""
-    trace.apart(factors)
+    trace.mark_each_entry(factors)
     new = []
     for f in factors:
         old, where = thin(f.names).unique(return_inverse=True)
@@ -227,7 +229,9 @@ def rms_norm(trace, out, x, shape, weight=None, *_):
     return affine(trace, out, x, weight, None, 0)
 
 
-def channel_norm(trace, out, x, weight=None, bias=None, *_, **__):
+def channel_norm(trace, out, x, weight=None, bias=None, *others, **_):
+    for statistic in filter(is_floating, others):  # read, or written without a word in the schema
+        trace.unknown(statistic)
     return affine(trace, out, x, weight, bias, x.dim() - 2)
 
 
@@ -243,7 +247,7 @@ def affine(trace, out, x, weight, bias, behind):
         axes = list(range(parameter.dim())) if isinstance(parameter, Tensor) else []
         factors = trace.named(trace.state(parameter), axes)
         parts.append(each(lambda t: t[(..., *[None] * behind)].expand(shape), factors))
-    trace.apart(parts[0])
+    trace.mark_each_entry(parts[0])
     return trace.agree(*parts) if isinstance(bias, Tensor) else parts[0]
 
 

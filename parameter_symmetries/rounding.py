@@ -8,11 +8,20 @@ variance Δ²/12 to each weight. To second order the loss then rises by
 with gradients g of mini-batches of B samples (Fisher's matrix). A network's symmetries keep its
 function, but not J: a group element h takes weights W to hW and gradients G to h^{-T} G. So
 gradients at one point give J on the whole orbit, and `equalize_` descends on log J without another
-pass through the network. In the logarithms of rescalings log J is convex: there is one minimum.
+pass through the network. In the logarithms of rescalings log J is convex: no local minimum is
+higher than another. J is of second order: below four bits it is a rough guide, and moving can do
+harm. One bit less makes it about four times as large.
+
+Without a loss, H_ii is 1 / the mean square of the weights that share i's step: then J is half the
+sum of squared errors relative to the weights' size.
+
+Running statistics end most symmetries: take a model in evaluation with its batch norms folded into
+the layers before them, as torch.fx.experimental.optimization.fuse(model.eval()) returns it.
 """
 
 import copy
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,7 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .groups import RESCALING, act_on, dims_of, dual, exponential
+from .groups import RESCALING, act_on, check_groups, dims_of, dual, exponential, unwrapped
+from .moving import act_on_
 
 NORM = 32  # the norm that takes the place of the maximum in the descent, since it is smooth
 TINY = 1e-300  # so that roots and logarithms of 0 have a derivative
@@ -54,43 +64,33 @@ def equalize_(
     axes=None,
     batch_size=None,
     steps=300,
+    optimizer=None,
 ):
     """Move a model along its symmetry, in place, to where rounding its weights does least harm.
 
-    Outputs stay. Returns the predicted Rise of the loss when weights are rounded to so many bits;
-    one bit less makes it about four times as large. It is of second order: below four bits it is a
-    rough guide, and moving can do harm.
-
-    symmetry: a list of groups, from `symmetry_of` or by hand. Running statistics end most
-    symmetries: take the model in evaluation with its batch norms folded into the layers before
-    them, as torch.fx.experimental.optimization.fuse(model.eval()) returns it.
-    loss(model, batch) returns a mean loss, a tensor []; batches is an iterable, of 16 to 64 say.
-    Without a loss, H_ii is 1 / the mean square of the weights that share i's step: then J is half
-    the sum of squared errors relative to the weights' size, and rescalings alone move.
+    Outputs stay. Returns the predicted Rise of the loss when weights are rounded to so many bits.
+    symmetry: a list of groups, from `symmetry_of` or by hand. loss(model, batch) returns a mean
+    loss, a tensor []; batches is an iterable, of 16 to 64 say; without a loss only rescalings act.
     per: what shares a step: a whole "tensor", an output "channel", or so many successive inputs of
     a channel. axes: {name: axis of its output channels} of the weights that will be rounded, by
     default `rounded_weights(model)`. batch_size: how many predictions the loss is a mean of, by
     default the length of a batch's first tensor; J is proportional to it. steps: of Adam.
+    optimizer: one that trains on; its state and .grad move along, as in `teleport_`.
 
-    Raises ValueError where the symmetry moves no weight that will be rounded, where there are no
-    batches, and where a weight or its gradient is not finite.
+    Raises ValueError where the symmetry doesn't fit or moves no weight that will be rounded, where
+    there are no batches, where a weight or its gradient is not finite, and as `teleport_` does.
     """
+    check_rounding(bits, per)
     axes = rounded_weights(model) if axes is None else axes
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
     symmetry = [group for group in symmetry if loss or group.kind == RESCALING]
-    groups = groups_on({name: parameters[name] for name in axes}, symmetry)
+    groups = groups_on(axes, unwrapped(model), symmetry)
     entrywise = {name for name in axes if not loss or not is_bilinear(name, axes[name], groups)}
     point = point_of(model, loss, batches, per, axes, batch_size, entrywise)
     before, elements = rise(point, bits), descend(point, groups, entrywise, steps)
-    moved = act_on(parameters, symmetry, elements)
-    gradients = loss and act_on(point.gradients, groups, dual(elements))
-    weights = {name: moved[name] for name in axes}
-    after = rise(point._replace(weights=weights, gradients=gradients), bits)
-    if after >= before:  # a norm is not the maximum: where nothing is to gain, J may end higher
-        return Rise(before, before)
-    for name, new in moved.items():
-        parameters[name].copy_(new)
-    return Rise(before, after)
+    after = rise(moved(point, groups, elements), bits)
+    if after < before:  # a norm is not the maximum: where nothing is to gain, J may end higher
+        act_on_(model, symmetry, elements, optimizer)
+    return Rise(before, min(before, after))
 
 
 def predicted_rise(model, loss, batches, bits, per="channel", *, axes=None, batch_size=None):
@@ -98,6 +98,7 @@ def predicted_rise(model, loss, batches, bits, per="channel", *, axes=None, batc
 
     The arguments and errors are those of `equalize_`.
     """
+    check_rounding(bits, per)
     axes = rounded_weights(model) if axes is None else axes
     return rise(point_of(model, loss, batches, per, axes, batch_size), bits)
 
@@ -108,10 +109,9 @@ def round_weights(model, bits, per="channel", axes=None):
 
     per, axes: as `equalize_` takes them. Raises ValueError for fewer than two bits.
     """
-    if not (isinstance(bits, int) and bits > 1):
-        raise ValueError(f"bits must be a whole number above 1, not {bits!r}")
+    check_rounding(bits, per)
     model, levels = copy.deepcopy(model), 2 ** (bits - 1) - 1
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     for name, axis in (rounded_weights(model) if axes is None else axes).items():
         channels = parameters[name].movedim(axis, 0)
         rows = blocks(channels, 0, per)
@@ -128,8 +128,12 @@ def round_weights(model, bits, per="channel", axes=None):
 def rounded_weights(model):
     """Return {name: axis of its output channels} of the weights that are rounded by default.
 
-    They are the parameters of two or more axes, without embeddings.
+    They are the parameters of two or more axes, without embeddings. Axis 0 is taken for the output,
+    as in nn.Linear and convolutions, or axis 1 in transposed convolutions and in the Conv1D of
+    transformers. Where a parameter of your own has another layout, [heads, in, out] say, correct
+    the result, and pass it as axes=.
     """
+    model = unwrapped(model)
     names = {id(p): name for name, p in model.named_parameters()}
     embeddings, axes = set(), {}
     for module in model.modules():
@@ -143,6 +147,18 @@ def rounded_weights(model):
     return {name: axis for name, axis in axes.items() if name not in embeddings}
 
 
+def check_rounding(bits, per):
+    """Raise ValueError for bits and per for which there is no rounding."""
+
+    def is_whole(number):
+        return isinstance(number, int) and not isinstance(number, bool)
+
+    if not (is_whole(bits) and bits > 1):
+        raise ValueError(f"bits must be a whole number above 1, not {bits!r}")
+    if per not in ("tensor", "channel") and not (is_whole(per) and per > 0):
+        raise ValueError(f"per must be 'tensor', 'channel' or a number of inputs, not {per!r}")
+
+
 # J at a point
 
 
@@ -151,8 +167,6 @@ def blocks(weight, axis, per):
 
     A block's entries share a step. With "tensor" a block is a channel, and all blocks share one.
     """
-    if per not in ("tensor", "channel") and not (isinstance(per, int) and per > 0):
-        raise ValueError(f"per must be 'tensor', 'channel' or a number of inputs, not {per!r}")
     rows = weight.movedim(axis, 0).flatten(1)
     size = per if isinstance(per, int) else rows.shape[1]
     return F.pad(rows, (0, -rows.shape[1] % size)).unflatten(1, (-1, size))
@@ -171,8 +185,9 @@ def curvature(weight, gradient, axis, per):
 
     if gradient is not None:
         return total(gradient.square().sum(-1))
-    square = total(weight.square())
-    return total(torch.ones_like(weight)) ** 2 / square.clamp(min=torch.finfo(square.dtype).tiny)
+    square, count = total(weight.square()), total(torch.ones_like(weight))
+    zero = square <= count**2 * torch.finfo(square.dtype).tiny  # or the quotient overflows
+    return torch.where(zero, 0.0, count**2 / square.masked_fill(zero, 1.0))
 
 
 def rise(point, bits):
@@ -187,22 +202,37 @@ def rise(point, bits):
     return total / (24 * (2 ** (bits - 1) - 1) ** 2)
 
 
+@contextmanager
+def kept(model, parameters):
+    """Let parameters require gradients for a while, and keep a model's buffers."""
+    required = [p.requires_grad for p in parameters]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag in zip(parameters, required):
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@torch.enable_grad()
 def point_of(model, loss, batches, per, axes, batch_size, entrywise=()):
     """Return the Point at which a model is.
 
     Its gradients are those of all batches for the weights `entrywise`. The others' entries only get
     factors, so that one gradient with the same sum of squares stands for all.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     weights = {name: parameters[name].detach() for name in axes}
     if loss is None:
         return Point(weights, None, axes, per)
     rounded = [parameters[name] for name in axes]
-    required = [p.requires_grad for p in rounded]
     samples, count = {name: [] for name in axes}, 0
-    try:
-        for p in rounded:
-            p.requires_grad_(True)
+    with kept(unwrapped(model), rounded):
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             size = batch_size or len(next(filter(torch.is_tensor, tree_leaves(batch))))
             slopes = torch.autograd.grad(loss(model, batch), rounded, materialize_grads=True)
@@ -212,9 +242,6 @@ def point_of(model, loss, batches, per, axes, batch_size, entrywise=()):
                 samples[name].append(size**0.5 * slope)
                 if name not in entrywise:
                     samples[name] = [torch.stack(samples[name]).square().sum(0).sqrt()]
-    finally:
-        for p, flag in zip(rounded, required):
-            p.requires_grad_(flag)
     if not count:
         raise ValueError("there are no batches to take gradients of")
     gradients = {name: torch.stack(s, -1) / count**0.5 for name, s in samples.items()}
@@ -224,12 +251,14 @@ def point_of(model, loss, batches, per, axes, batch_size, entrywise=()):
 # Descent along the orbit
 
 
-def groups_on(weights, symmetry):
+def groups_on(names, model, symmetry):
     """Return a symmetry's groups with their axes of some weights alone, and those as tuples."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    check_groups(parameters, symmetry)
 
     def axes_of(group):
-        axes = [axis for axis in group.axes if axis.name in weights]
-        return [axis._replace(dim=dims_of(axis, weights[axis.name].shape)) for axis in axes]
+        axes = [axis for axis in group.axes if axis.name in names]
+        return [axis._replace(dim=dims_of(axis, parameters[axis.name].shape)) for axis in axes]
 
     groups = [group._replace(axes=axes_of(group)) for group in symmetry]
     if not any(group.axes for group in groups):
@@ -247,6 +276,7 @@ def is_bilinear(name, output, groups):
     )
 
 
+@torch.enable_grad()
 def descend(point, groups, entrywise, steps):
     """Return the elements, [count, size, size] for each group, at which log J is least."""
     device = next(iter(point.weights.values())).device
@@ -263,6 +293,12 @@ def descend(point, groups, entrywise, steps):
         (J + TINY).log().backward()
         optimizer.step()
     return [exponential(group, t.detach()) for group, t in zip(groups, T)]
+
+
+def moved(point, groups, elements):
+    """Return the Point to which elements move another."""
+    gradients = point.gradients and act_on(point.gradients, groups, dual(elements))
+    return point._replace(weights=act_on(point.weights, groups, elements), gradients=gradients)
 
 
 def action(name, groups, wanted=lambda axis: True):

@@ -125,7 +125,7 @@ def embedding_bag(trace, out, weight, rows, offsets, _, mode=0, sparse=False, sc
     trace.fix(trace.state(scales))
     factors = pick(trace, weight, [0], lambda t: t[rows])
     if mode == 2:  # the maximum
-        trace.apart(factors)
+        trace.mark_each_entry(factors)
     return spread(blend(trace, factors, [0], out[0]), out[0].shape)
 
 
@@ -180,7 +180,7 @@ def positive(trace, out, x, *numbers, **_):
     if any(isinstance(number, Tensor) for number in numbers):
         return None
     factors = trace.factors(x)
-    trace.apart(factors)
+    trace.mark_each_entry(factors)
     return factors
 
 
@@ -204,11 +204,12 @@ def compare(trace, out, x, y=0):
     """The sign of an entry stays, and which one of two is larger."""
     if isinstance(y, Tensor):
         shape = torch.broadcast_shapes(x.shape, y.shape)
-        trace.apart(trace.named(trace.agree(*(spread(trace.state(t), shape) for t in (x, y)))))
+        both = trace.agree(*(spread(trace.state(t), shape) for t in (x, y)))
+        trace.mark_each_entry(trace.named(both))
         return []
     if y != 0:
         return None
-    trace.apart(trace.factors(x))
+    trace.mark_each_entry(trace.factors(x))
     return []
 
 
@@ -223,7 +224,7 @@ def add(trace, out, x, y, **_):
 
 def larger(trace, out, x, y):
     factors = trace.named(add(trace, out, x, y))
-    trace.apart(factors)
+    trace.mark_each_entry(factors)
     return factors
 
 
@@ -235,12 +236,13 @@ def copy(trace, out, x, source, *_):
     return spread(trace.factors(source), x.shape)
 
 
-def mask(trace, out, x, by=None, value=0, **_):
-    """Some entries, perhaps any, become 0 or infinite."""
-    if not fits_all(value):
-        return None
-    by = by if isinstance(by, Tensor) else torch.empty(x.shape, device="meta")
-    return trace.touched(spread(trace.state(x), first_of(out).shape), by)
+def mask(trace, out, x, *_):
+    """Any entries may become 0."""
+    return trace.touched(trace.state(x), torch.empty(x.shape, device="meta"))
+
+
+def masked_fill(trace, out, x, by, value):
+    return trace.touched(spread(trace.state(x), out.shape), by) if fits_all(value) else None
 
 
 def scale(trace, out, x):
@@ -267,7 +269,7 @@ def reduce(trace, out, x, *args, position=0, dims=None, linear=True, **kwargs):
     dims = sorted({d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)})
     factors = blend(trace, trace.factors(x), dims, first if first.dim() == x.dim() else None)
     if not linear:
-        trace.apart(factors)
+        trace.mark_each_entry(factors)
     if first.dim() < x.dim():
         factors = each(lambda t: t.squeeze(dims), factors)
     return spread(factors, first.shape)
@@ -314,7 +316,8 @@ RULES = {
         larger: "maximum minimum fmax fmin",
         where: "where",
         copy: "copy",
-        mask: "masked_fill tril triu native_dropout",
+        mask: "tril triu native_dropout",
+        masked_fill: "masked_fill",
         scale: "neg",
         product: "mul",
         partial(product, inverse=True): "div",

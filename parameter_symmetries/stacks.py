@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     like: torch.Tensor  # of the elements' type and device
 
 
-PLANS = WeakKeyDictionary()  # {model: (facts, symmetry, Plan)}: teleports are repeated
+PLANS = WeakKeyDictionary()  # {model: (facts, groups and axes, Plan)}: teleports are repeated
 LARGEST = 2**25  # entries of a family; its stack is a copy
 
 
@@ -53,9 +53,10 @@ def plan_of(model, parameters, symmetry, trained=()):
     Raises ValueError where the symmetry doesn't fit.
     """
     facts = {n: (p.shape, p.dtype, p.device, n in trained) for n, p in parameters.items()}
+    parts = [part for group in symmetry for part in (group, *group.axes)]  # lists may change
     if model in PLANS:
-        known, groups, plan = PLANS[model]
-        if facts == known and list(map(id, symmetry)) == list(map(id, groups)):
+        known, known_parts, plan = PLANS[model]
+        if facts == known and list(map(id, parts)) == list(map(id, known_parts)):
             return plan
     check_groups(parameters, symmetry)
     counts = Counter()
@@ -77,7 +78,7 @@ def plan_of(model, parameters, symmetry, trained=()):
             ]
             families.append(Family(part, together, part[0] in trained))
     plan = Plan(families, list(actions), dict(counts), like)
-    PLANS[model] = facts, list(symmetry), plan
+    PLANS[model] = facts, parts, plan
     return plan
 
 

@@ -43,34 +43,49 @@ def teleport_(model, symmetry, optimizer=None, *, steps=None, length=0.1, until=
     once, and gradients that two of them share, as rows and columns, are updated after each step:
     the path is that of an ascent by double backward with these T.
 
-    steps: how many; by default 1. until: a factor, above or below 1, by which |∇L|² is to change,
-    in at most `steps`, by default 100; it has no upper bound along an orbit. |∇L|² counts the
-    gradients that there are. Where it is not finite nothing moves. Processes with the same
-    gradients (DistributedDataParallel) move alike.
+    steps: how many; by default 1. until: a factor by which |∇L|² is to change; above 1 it ascends,
+    below 1 it descends, whatever the sign of `length`. Where it is not reached, the teleport ends
+    after `steps`, by default 100. |∇L|² counts the gradients that there are. Where it is not finite
+    nothing moves. Processes with the same gradients (DistributedDataParallel) move alike.
 
-    Raises ValueError, before anything has moved, where there are no gradients, where the symmetry
-    doesn't fit the model's parameters, and for an optimizer's state that no rule moves. Whether it
-    keeps the outputs says `check_symmetry`.
+    Raises ValueError, before anything has moved, for bad arguments, where there are no gradients or
+    a group's are sparse, where the symmetry doesn't fit the model's parameters, for an optimizer of
+    others, and for state that no rule moves. Whether it keeps the outputs says `check_symmetry`.
     """
-    if not 0 < abs(length) <= 1:
-        raise ValueError(f"length is {length}, but steps have |T| of at most 1")
+    check_steps(length, steps, until)
     if until is not None:
         length = math.copysign(length, until - 1)
     if steps is None:
         steps = 1 if until is None else 100
     model = unwrapped(model)
     copies = copies_of(model, also)
-    gradients = {}
-    for tensors in reversed(copies):
-        gradients |= {name: t.grad for name, t in tensors.items() if t.grad is not None}
-    if not gradients:
-        raise ValueError("no parameter has a gradient: teleport between backward() and step()")
+    gradients = gradients_of(copies)
     plan = plan_of(model, copies[0], symmetry, gradients)
     moving = moving_tensors(plan, copies, optimizer)
     with full_precision(plan):
         elements, before, after = follow(plan, gradients, length, steps, until)
         move(plan, elements, moving)
     return before, after
+
+
+def check_steps(length, steps, until):
+    """Raise ValueError for steps that cannot be taken."""
+    if not 0 < abs(length) <= 1:
+        raise ValueError(f"length is {length}, but steps have |T| of at most 1")
+    if steps is not None and not steps >= 1:
+        raise ValueError(f"steps is {steps}, but there must be 1 or more")
+    if until is not None and not 0 < until < math.inf:
+        raise ValueError(f"until is {until}, but a factor of |∇L|² is positive")
+
+
+def gradients_of(copies):
+    """Return {name: gradient} of the parameters, or else of their copies."""
+    gradients = {}
+    for tensors in reversed(copies):
+        gradients |= {name: t.grad for name, t in tensors.items() if t.grad is not None}
+    if not gradients:
+        raise ValueError("no parameter has a gradient: teleport between backward() and step()")
+    return gradients
 
 
 class Squares(NamedTuple):

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .components import edges_of, groups_of, ratios_of
 from .groups import LINEAR, floating, unwrapped
-from .names import BLANK, Factor, Names, Parameter, View, place, thin
+from .names import BLANK, Factor, Names, Parameter, View, is_floating, place, thin
 from .rules import MOVES, RULES, blank
 
 
@@ -44,18 +44,23 @@ def symmetry_of(model, *inputs, keep=None, **kwargs):
     The model runs once, model(*inputs, **kwargs), as it is: in training or in evaluation, which may
     differ, without gradients. One or two samples are enough, if they meet all parts of the model:
     a part that does not run, such as an expert that no sample takes, has no group here, and should
-    not be one that other samples take. Parameters, buffers and the random state stay as they are.
+    not be one that other samples take. Parameters, buffers, inputs and the random state stay as
+    they are. What a compiled extension reads without an operation of PyTorch is not seen.
 
     keep(output) returns those of the outputs that must stay; by default all floating ones. A cache
     of keys and values among the outputs fixes these: then take keep=lambda output: output.logits.
+    Tensors that the model stores on itself, such as an auxiliary loss, are not outputs.
     Running statistics of a batch norm in evaluation fix what they normalise, as its ε does in
     training; fold them into the layer before (torch.nn.utils.fuse_conv_bn_eval) to free it.
 
-    Raises ValueError for a model on the meta device, which cannot run, and where there are no
-    floating outputs, or where they are hidden in objects that torch.utils._pytree does not know.
+    Raises ValueError for a model on the meta device, which cannot run, for ScriptModules, and where
+    there are no floating outputs, or where they are hidden in objects that torch.utils._pytree does
+    not know.
     """
     model = unwrapped(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("the model is a ScriptModule or has one: take the module it was made from")
+    parameters = {name: p for name, p in model.named_parameters() if is_floating(p)}
     if any(p.is_meta for p in parameters.values()):
         raise ValueError("the model has meta tensors: its symmetries are found by running it")
     trace = Trace(parameters)
@@ -95,10 +100,6 @@ def listed(group, sign, most=3):
     return ", ".join(texts[:most] + [f"and {len(texts) - most} more"] * (len(texts) > most))
 
 
-def is_floating(x):
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 class Trace(Names, TorchDispatchMode):
     """Watches operations, and keeps the state of every floating tensor beside it."""
 
@@ -111,6 +112,8 @@ class Trace(Names, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.states = WeakTensorKeyDictionary()
         self.memory = defaultdict(list)  # for each storage the tensors seen on it
+        self.unwritten = set()  # storages of empty tensors
+        self.originals = WeakTensorKeyDictionary()  # values of parameters that were written
         self.parameters = []
         for name, value in parameters.items():
             parameter = Parameter(name, len(self.parameters), value.shape)
@@ -124,12 +127,9 @@ class Trace(Names, TorchDispatchMode):
 
     def watch(self, model, keep, inputs, kwargs):
         """Run a model under this mode, and fix keep(its output)."""
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        registered = [(d, d.copy()) for m in model.modules() for d in (m._parameters, m._buffers)]
+        tensors = filter(is_strided, tree_leaves((list(model.buffers()), inputs, kwargs)))
+        copies = [(t, t.clone()) for t in tensors]
         devices = {p.device for p in model.parameters() if p.is_cuda}
         compiled = "torch._dynamo" in sys.modules
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -141,9 +141,13 @@ class Trace(Names, TorchDispatchMode):
                 outputs = floating(keep(model(*inputs, **kwargs)))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, name, buffer, copy in buffers:
-                buffer.copy_(copy)
-                module._buffers[name] = buffer
+            for now, before in registered:
+                now.clear()
+                now.update(before)
+            with torch.no_grad():
+                for t, copy in [*copies, *self.originals.items()]:
+                    if not torch.equal(t, copy):
+                        t.copy_(copy)
         if not outputs:
             raise ValueError("the model has no floating outputs: name them by keep=")
         self.operation, self.known = "output", len(self.owner)
@@ -162,13 +166,14 @@ class Trace(Names, TorchDispatchMode):
     def is_fixed(self, names):
         """Return whether all that was demanded so far fixes these names."""
         _, ratios = ratios_of(*edges_of(self.equations), len(self.owner))
-        return not ratios[thin(names).abs().cpu().numpy()].any()
+        names = thin(names)
+        return not ratios[names[names != BLANK].abs().cpu().numpy()].any()
 
     # Tensors and their states
 
     def sharing(self, value):
         """Return the tensors seen so far that share their memory with `value`."""
-        key = value.untyped_storage()._cdata
+        key = storage_key(value)
         alive = [(ref, t) for ref in self.memory[key] if (t := ref()) is not None]
         self.memory[key] = [ref for ref, _ in alive]
         return [t for _, t in alive if t is not value]
@@ -188,12 +193,20 @@ class Trace(Names, TorchDispatchMode):
 
     def remember(self, value, state):
         """Keep the state of a tensor that is new."""
-        self.states[value] = state if self.sharing(value) else owned(value, state)
-        self.memory[value.untyped_storage()._cdata].append(TensorWeakRef(value))
+        key, others = storage_key(value), self.sharing(value)
+        self.states[value] = state if others else owned(value, state)
+        self.memory[key].append(TensorWeakRef(value))
+        if not others:
+            self.unwritten.discard(key)  # of memory that was here before
+        if not others and "empty" in self.operation:
+            self.unwritten.add(key)
 
     def overwrite(self, value, new):
         """Change a tensor's state in place; those that share its memory follow, or are fixed."""
-        old, others = self.state(value), self.sharing(value)
+        others = self.sharing(value)
+        if not self.state(value) and any(self.states[other] for other in others):
+            self.unknown(value)
+        old = self.state(value)
         if isinstance(old, View):
             self.fix(old)
         if not others:
@@ -204,28 +217,62 @@ class Trace(Names, TorchDispatchMode):
         zero = torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
         pairs = zip_longest(self.named(old), self.named(new), fillvalue=Factor(zero, zero))
         for f, g in pairs:
-            self.apart([f])
+            self.mark_each_entry([f])
             names = self.tie(f.names, g.names)
             if has_blank(f):
                 f.history.copy_(torch.where(f.names == BLANK, g.history, f.history))
                 f.names.copy_(names)
 
+    def unknown(self, value):
+        """Fix a tensor and those that share its memory: what is there may be anything."""
+        for t in [value, *self.sharing(value)]:
+            self.fix(self.state(t))
+            self.states[t] = []
+
+    def is_unwritten(self, value):
+        """Return whether no operation wrote to some of the memory of an empty tensor."""
+        is_empty = storage_key(value) in self.unwritten
+        return is_empty and any(map(has_blank, self.factors(value)))
+
+    def preserve(self, written):
+        """Copy the parameters that lie where an operation is going to write."""
+        for value in filter(is_floating, written):
+            for t in [value, *self.sharing(value)]:
+                if isinstance(t, torch.nn.Parameter) and t not in self.originals:
+                    self.originals[t] = t.clone()
+
+    def write(self, value, rule, new):
+        """Change a tensor's state in place, to what a rule says."""
+        if rule is None:
+            self.unknown(value)
+            return
+        self.overwrite(value, new)
+        if rule is blank and value.nbytes == value.untyped_storage().nbytes():
+            self.unwritten.discard(storage_key(value))
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, schema = kwargs or {}, function._schema
+        if torch.is_inference_mode_enabled():  # then operations made of others come as one
+            with self:
+                out = function.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        written = written_by(schema, args, kwargs)
+        self.preserve(written)
         self.stride = args[0].stride() if args and is_floating(args[0]) else ()
         out = function(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if is_floating(t)]
+        for t in tensors:
+            if not function.is_view and not any(t is w for w in written) and self.is_unwritten(t):
+                self.unknown(t)
         states = [self.state(t) for t in tensors]
-        given = dict(zip([about.name for about in schema.arguments], args)) | kwargs
-        writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        written = [given[name] for name in writes if is_floating(given.get(name))]
-        in_place = bool(written) and out is written[0] and out is args[0]
+        in_place = is_floating(out) and any(out is t for t in written) and out is args[0]
 
         operation = schema.name.split("::")[1]
         self.operation = operation.rstrip("_") if in_place else operation
         self.function, self.step, self.known = function, self.step + 1, len(self.owner)
         rule, new = RULES.get(self.operation), []
-        if written and (not in_place or rule in MOVES):
+        if written and (not in_place or rule in MOVES) or any(map(is_foreign, as_list(out))):
             rule = None
         if any(states) or rule is blank:
             new = rule(self, out, *args, **kwargs) if rule else None
@@ -233,26 +280,58 @@ class Trace(Names, TorchDispatchMode):
                 for state in states:
                     self.fix(state)
         new = new if isinstance(new, tuple) else (new or [],)
-        for value in written:
-            self.overwrite(value, new[0] if in_place else [])
+        for value in filter(is_floating, written):
+            self.write(value, rule, new[0])
         for value, state in zip_longest(as_list(out), new, fillvalue=[]):
             if is_floating(value) and not any(value is t for t in tensors):
                 self.remember(value, state)
         return out
 
 
+def written_by(schema, args, kwargs):
+    """Return the tensors that an operation writes, alone or in a list."""
+    arguments = dict(zip([about.name for about in schema.arguments], args)) | kwargs
+    writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    leaves = tree_leaves([arguments.get(name) for name in writes])
+    return [t for t in leaves if isinstance(t, Tensor)]
+
+
+WAYS_OUT = (
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+)
+
+
 class Escapes(TorchFunctionMode):
-    """Sees the ways out of torch: what Python or NumPy get is fixed."""
+    """Sees the ways out of torch: what Python or NumPy get, and may write, is fixed."""
 
     def __init__(self, trace):
         super().__init__()
         self.trace = trace
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):
+        if function in WAYS_OUT and is_floating(args[0]):
             self.trace.operation = function.__name__
-            self.trace.fix(self.trace.state(args[0]))
+            with _disable_current_modes():  # or else it watches what becomes of names, too
+                self.trace.unknown(args[0])
         return function(*args, **(kwargs or {}))
+
+
+def storage_key(value):
+    return value.untyped_storage()._cdata
+
+
+def is_strided(x):
+    return isinstance(x, Tensor) and x.layout == torch.strided
+
+
+def is_foreign(x):
+    """Return whether x is a tensor beside which names cannot stand, though it may follow scales."""
+    return isinstance(x, Tensor) and (x.is_complex() or x.layout != torch.strided)
 
 
 def overlap(a, b):

@@ -1,5 +1,7 @@
 """Groups as data: how elements act, what is refused, and whether outputs stay."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,6 +264,91 @@ def test_outputs_may_be_nested_and_keep_names_those_that_should_stay():
     assert changed < 1e-12
     with pytest.raises(ValueError, match="no floating outputs"):
         check_symmetry(model, symmetry, batch, shift=torch.ones(5), keep=lambda out: None)
+
+
+class InPlace(nn.Module):
+    """Writes to its input, its weights and its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, _ = two_layers(nn.ReLU())
+        self.register_buffer("shift", torch.zeros(5))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.inner[2].bias.add_(1)
+            self.shift.add_(1)
+        return self.inner(x.mul_(2)) + self.shift
+
+
+def test_what_a_model_writes_to_in_place_stays():
+    model, x = InPlace().double(), torch.randn(6, 12, dtype=torch.float64)
+    _, [group] = two_layers(nn.ReLU())
+    axes = [axis._replace(name="inner." + axis.name) for axis in group.axes]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}, x.clone()
+    assert check_symmetry(model, [group._replace(axes=axes)], x) < 1e-12
+    torch.testing.assert_close((dict(model.state_dict()), x), before, rtol=0, atol=0)
+
+
+class Returning(nn.Module):
+    """Returns what a function makes of the hidden units and the output."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), wrap
+
+    def forward(self, x):
+        h = self.inner[:2](x)
+        return self.wrap(h, self.inner[2](h))
+
+
+@dataclass
+class Out:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Cache:
+    def __init__(self, keys):
+        self.layers = [Out(keys, keys)]
+
+
+UNITS = [
+    units(4, [("inner.0.weight", 0), ("inner.0.bias", 0)], [("inner.2.weight", 1)]),
+]
+
+
+def test_tensors_in_objects_are_not_overlooked():
+    x = torch.randn(5, 3)
+    model = Returning(lambda h, y: (y, Out(y, h)))
+    with pytest.raises(ValueError, match="cannot see into Out: .* keep="):
+        check_symmetry(model, UNITS, x)
+    assert check_symmetry(model, UNITS, x, keep=lambda out: out[1].logits) < 1e-12
+    others = Returning(lambda h, y: {"y": y, "cache": Cache(h), "n": 3, "s": "s", "no": None})
+    assert check_symmetry(others, UNITS, x) < 1e-12
+
+
+def test_outputs_that_have_nan_are_not_blamed_on_a_group():
+    model = Returning(lambda h, y: y / 0 * 0)
+    with pytest.raises(ValueError, match="the outputs have nan"):
+        check_symmetry(model, UNITS, torch.randn(5, 3))
+
+
+class Pair(nn.Module):
+    """Its output changes where both a and b differ from 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+
+    def forward(self, x):
+        return x * (1 + (self.a - 1) * (self.b - 1)) + 0 * self.c
+
+
+def test_groups_that_are_symmetries_alone_but_not_together_are_told_apart():
+    symmetry = [units(1, [(name, 0)], [("c", 0)]) for name in "ab"]
+    with pytest.raises(ValueError, match="but together they change"):
+        check_symmetry(Pair(), symmetry, torch.randn(5))
 
 
 def test_wrapped_models_are_their_modules():

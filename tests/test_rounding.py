@@ -255,11 +255,78 @@ def test_a_unit_without_weights_or_gradients_does_no_harm():
         assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("symmetry", [[], [rescaling(10, ("0.bias", 0), ("none", 1, -1))]])
-def test_a_network_that_cannot_be_moved_is_told_so(symmetry):
+def test_a_network_that_cannot_be_moved_is_told_so():
+    model, groups, batches = prepared(mlp)
+    with pytest.raises(ValueError, match="no groups"):
+        equalize_(model, [], loss, batches)
+    with pytest.raises(ValueError, match="no group that moves"):
+        equalize_(model, groups[:1], loss, batches, axes={"4.weight": 0})
+
+
+@pytest.mark.parametrize("read", [(), [("none", 1, -1)]])
+def test_groups_that_do_not_fit_are_refused(read):
     model, _, batches = prepared(mlp)
-    with pytest.raises(ValueError, match="no group"):
-        equalize_(model, symmetry, loss, batches)
+    with pytest.raises(ValueError, match="group 0"):
+        equalize_(model, [rescaling(10, ("0.weight", 0), *read)], loss, batches)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_wrapped_models_are_moved_as_their_modules(wrap):
+    model, groups, batches = prepared(mlp)
+    other, seen = copy.deepcopy(model), []
+
+    def loss_of_wrapped(m, batch):
+        seen.append(m)
+        return loss(m, batch)
+
+    wrapped = wrap(other)
+    rise = equalize_(wrapped, groups, loss_of_wrapped, batches, steps=5)
+    assert rise == pytest.approx(equalize_(model, groups, loss, batches, steps=5))
+    assert all(m is wrapped for m in seen)
+    assert predicted_rise(wrapped, loss, batches, 8) == pytest.approx(rise.after)
+    rounded = round_weights(wrapped, 4).state_dict().values()
+    torch.testing.assert_close(list(rounded), list(round_weights(model, 4).state_dict().values()))
+
+
+@pytest.mark.parametrize("small", [0, 1e-22])
+@pytest.mark.parametrize("per", PERS)
+def test_a_channel_of_zeros_does_no_harm_without_a_loss(per, small):
+    model, groups, _ = mlp()
+    with torch.no_grad():
+        model[2].weight[1] = small
+    rise = equalize_(model, groups, per=per, steps=20)
+    assert rise.after < rise.before
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_running_statistics_stay_and_gradients_need_not_be_enabled():
+    model = nn.Sequential(nn.BatchNorm1d(6), *mlp()[0]).double()
+    _, groups, batches = prepared(mlp)
+    renamed = {"0": "1", "2": "3", "4": "5"}
+    groups = [
+        g._replace(axes=[a._replace(name=renamed[a.name[0]] + a.name[1:]) for a in g.axes])
+        for g in groups
+    ]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        rise = equalize_(model, groups, loss, batches, steps=20)
+    assert rise.after < rise.before
+    torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_gradients_and_an_optimizers_state_move_along():
+    model, groups, batches = prepared(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9, momentum=0.9)
+    loss(model, batches[0]).backward()
+    optimizer.step()
+    equalize_(model, groups, loss, batches, steps=20, optimizer=optimizer)
+    state = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    moved = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss(model, batches[0]).backward()
+    expected = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -277,10 +344,15 @@ def test_bad_arguments_are_refused():
     model, groups, batches = prepared(mlp)
     with pytest.raises(ValueError, match="no batches"):
         equalize_(model, groups, loss, [])
-    for per in ("row", 0):
+    for per in ("row", 0, True):
         with pytest.raises(ValueError, match="per must be"):
             equalize_(model, groups, loss, batches, per)
         with pytest.raises(ValueError, match="per must be"):
             round_weights(model, 8, per)
-    with pytest.raises(ValueError, match="bits"):
-        round_weights(model, 1)
+    for bits in (1, True, 2.5):
+        with pytest.raises(ValueError, match="bits"):
+            round_weights(model, bits)
+        with pytest.raises(ValueError, match="bits"):
+            equalize_(model, groups, loss, batches, bits=bits)
+        with pytest.raises(ValueError, match="bits"):
+            predicted_rise(model, loss, batches, bits)

@@ -290,6 +290,49 @@ def test_state_that_no_rule_moves_is_named_before_anything_moves(kind):
     teleport_(model, symmetry)
 
 
+def test_state_of_all_parameters_is_noticed_where_its_first_one_stays():
+    model, symmetry, x, y = case("mlp")
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure():
+        backward(model, x, y)
+        return loss_of(model(x), y)
+
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match="no rule moves .* of LBFGS"):
+        teleport_(model, symmetry[1:], optimizer)
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    model, symmetry, x, y = case("mlp")
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, [(x, y)])
+    other = copy.deepcopy(model)
+    backward(other, x, y)
+    with pytest.raises(ValueError, match="none of the parameters that move"):
+        teleport_(other, symmetry, optimizer)
+
+
+def test_sparse_gradients_of_a_group_are_refused():
+    model = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True), nn.ReLU(), nn.Linear(4, 3))
+    symmetry = [units(4, [("0.weight", 1)], [("2.weight", 1)])]
+    model(torch.randint(10, (5, 2))).square().sum().backward()
+    with pytest.raises(ValueError, match="gradient of 0.weight is sparse"):
+        teleport_(model, symmetry)
+
+
+def test_a_group_whose_list_of_axes_changes_is_noticed():
+    model, symmetry, x, y = case("mlp", training=False)
+    bias = next(axis for axis in symmetry[1].axes if axis.name == "2.bias")
+    symmetry[1].axes.remove(bias)
+    backward(model, x, y)
+    teleport_(model, symmetry)
+    symmetry[1].axes.insert(0, bias)
+    before = model(x).detach()
+    teleport_(model, symmetry)
+    torch.testing.assert_close(model(x).detach(), before)
+
+
 def test_a_teleport_before_each_step_trains_on():
     model, symmetry, x, y = case("cnn", torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -446,6 +489,12 @@ def test_what_does_not_fit_is_refused_and_plans_follow_the_model():
     for length in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="length is"):
             teleport_(model, symmetry, length=length)
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="steps is"):
+            teleport_(model, symmetry, steps=steps)
+    for until in (0.0, -2.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="until is"):
+            teleport_(model, symmetry, until=until)
     model.float()  # the parameters' types, and which have gradients, are new
     backward(model, x.float(), y)
     before, after = teleport_(nn.DataParallel(model), symmetry)

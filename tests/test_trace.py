@@ -1,5 +1,6 @@
 """symmetry_of: what theory gives is found, and what is found is right."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,45 @@ def rolled_heads(m, x):
     return m.l1(y.roll(1, 1)) + m.l2(y)
 
 
+def written_by_an_unseen_kernel(x):
+    out = torch.empty_like(x)
+    ctypes.memmove(out.data_ptr(), x.tanh().data_ptr(), x.nbytes)
+    return F.relu(x) + out
+
+
+def written_into_zeros(write):
+    def between(x):
+        zeros = torch.zeros_like(x)
+        write(zeros)
+        return F.relu(x) + zeros
+
+    return between
+
+
+def written_by_batch_norm(x):
+    mean = torch.zeros(x.shape[1])
+    F.batch_norm(torch.randn(5, 12), mean, torch.ones(12), training=True)
+    return F.relu(x + mean)
+
+
+def normalised_by_names(x):
+    mean = F.relu(x).mean(0)
+    fixed = torch.ones(5, 12)
+    return F.relu(x) + F.batch_norm(fixed, mean, torch.ones(12), None, None, False)
+
+
+def transposed_in_place(x):
+    view = x.view(-1)
+    x.t_()
+    return F.relu(x).t() + 0 * view.sum()
+
+
+def compared_into(x):
+    mask = torch.empty(0, dtype=torch.bool)
+    torch.gt(x, 1, out=mask)
+    return x * mask
+
+
 def numpy_sees(x):
     return F.relu(x) + float(x.numpy().max() > 1)
 
@@ -117,6 +157,17 @@ WITHOUT = {
     "the sorted order against a constant": lambda x: F.relu(x).clamp(max=x.new_tensor(1.0)),
     "a residual of another power": lambda x: F.relu(x) + F.relu(x).square(),
     "bits": lambda x: F.relu(x) + x.view(torch.int32).bool(),
+    "an unseen kernel": written_by_an_unseen_kernel,
+    "what NumPy writes": written_into_zeros(lambda z: z.numpy().fill(1.0)),
+    "a list that is written": written_into_zeros(lambda z: torch._foreach_add_([z], 1.0)),
+    "a view without a rule": written_into_zeros(lambda z: z.as_strided((12,), (1,)).add_(1)),
+    "running statistics, written": written_by_batch_norm,
+    "running statistics, read": normalised_by_names,
+    "what lies in empty memory": lambda x: F.relu(x) + torch.empty_like(x),
+    "complex numbers": lambda x: torch.view_as_real(x * torch.full((12,), 1j)).sum(-1).relu(),
+    "a sparse product": lambda x: F.relu(torch.sparse.mm(torch.eye(len(x)).to_sparse(), x)),
+    "a view of what is transposed in place": transposed_in_place,
+    "a comparison into a tensor": compared_into,
 }
 
 
@@ -137,6 +188,8 @@ KEPT = {
     ),
     "masked": lambda x: F.relu(x).masked_fill(x > 1e9 * x, 0.0),
     "a sum from Python": lambda x: sum([F.relu(x), x]),
+    "dropout on a GPU": lambda x: torch.native_dropout(F.relu(x), 0.5, True)[0].relu(),
+    "an empty tensor with zeros": lambda x: F.relu(x) + torch.empty_like(x).zero_(),
     "half precision in between": lambda x: F.relu(x.bfloat16()).to(x.dtype),
     "padding that is cut again": lambda x: F.pad(F.relu(x), (1, 1))[:, 1:-1],
     "a module that was compiled": lambda x: torch.compile(F.relu, backend="eager")(x),
@@ -149,6 +202,23 @@ def test_what_lets_scales_through_keeps_each_unit(between):
     symmetry = symmetry_of(model, torch.randn(5, 8))
     assert units(symmetry) == 12 and blocks(symmetry) == {}
     assert check_symmetry(model, symmetry, torch.randn(9, 8)) < 1e-2
+
+
+def test_a_layer_may_have_one_unit():
+    model = nn.Sequential(nn.Linear(8, 1), nn.ReLU(), nn.Linear(1, 5), nn.ReLU(), nn.Linear(5, 2))
+    symmetry = symmetry_of(model, torch.randn(5, 8))
+    assert units(symmetry) == 6 and check_symmetry(model, symmetry, torch.randn(9, 8)) < 1e-10
+
+
+def test_two_units_may_scale_one_entry():
+    def read_twice(m, x):
+        y = m.l0(x)
+        return m.l1(y), (y * m.scale) @ y.roll(1, -1).mT  # by c_i and by c_{i+1}
+
+    layers = linear(8, 3, 4) | {"scale": nn.Parameter(torch.rand(3))}
+    model = Functional(read_twice, **layers)
+    symmetry = symmetry_of(model, torch.randn(5, 8))
+    assert units(symmetry) == 3 and check_symmetry(model, symmetry, torch.randn(9, 8)) < 1e-10
 
 
 def test_rows_that_are_mixed_up_are_not_offered_as_heads():
@@ -300,6 +370,40 @@ def test_the_run_leaves_no_trace_on_the_model():
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name]), name
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_run_leaves_what_it_writes_as_it_was():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.out = nn.Embedding(9, 12, max_norm=0.5), nn.Linear(12, 4)
+            self.register_buffer("mask", torch.ones(1, 12).expand(5, 12))
+            self.register_buffer("cache", None)
+
+        def forward(self, tokens, x):
+            self.cache = F.relu(self.token(tokens)) * self.mask
+            self.out.weight.data.clamp_(-0.1, 0.1)
+            return self.out(self.cache) + x.sub_(1)
+
+    model, inputs = Model(), (torch.arange(5), torch.randn(5, 4))
+    tensors = [*model.parameters(), *inputs]
+    before = [t.detach().clone() for t in tensors]
+    symmetry_of(model, *inputs)
+    assert model.cache is None
+    for t, copy in zip(tensors, before):
+        assert torch.equal(t, copy)
+
+
+def test_a_whole_model_may_run_in_inference_mode():
+    model = two_layers(F.relu)
+    model.forward = torch.inference_mode()(model.forward)
+    assert units(symmetry_of(model, torch.randn(5, 8))) == 12
+
+
+def test_a_scripted_model_is_refused_in_a_sentence():
+    model = torch.jit.trace(nn.Linear(3, 2), torch.randn(1, 3))
+    with pytest.raises(ValueError, match="ScriptModule"):
+        symmetry_of(model, torch.randn(1, 3))
 
 
 def test_it_says_what_ended_the_rest_and_shows_what_there_is():
