@@ -50,7 +50,7 @@ def teleport_(model, symmetry, optimizer=None, *, steps=None, length=0.1, until=
 
     Raises ValueError, before anything has moved, for bad arguments, where there are no gradients or
     a group's are sparse, where the symmetry doesn't fit the model's parameters, for an optimizer of
-    others, and for state that no rule moves. Whether it keeps the outputs says `check_symmetry`.
+    others, and for state that no rule moves. `check_symmetry` tells whether it keeps the outputs.
     """
     check_steps(length, steps, until)
     if until is not None:

@@ -279,7 +279,7 @@ def draw(path, built):
     left.hist(changes["one_side"], bins, color=plots.ORANGE, label="what makes its units alone")
     left.set(xscale="log", xlabel="relative change of the outputs", ylabel="architectures")
     left.set_title("random group elements act on")
-    left.legend(loc="center")
+    figure.legend(loc="outside lower left", ncols=2)
     shares = [a["moved"] / a["parameters"] for a in built.values()]
     middle.hist(shares, bins=20, range=(0, 1), color=plots.BLUE)
     middle.set(xlabel="share of the weights that groups move", ylabel="architectures")
@@ -307,19 +307,22 @@ def main():
     args = parse_arguments()
     folder = args.output / "figures" / "architectures" / "-".join(args.architecture or [])
     if not args.plot_only:
+        results.check_writable(folder)
         tasks = [Architecture(kind, name) for kind in (*KINDS, "CNN") for name in names_of(kind)]
         if args.architecture:
             if missing := sorted(set(args.architecture) - {task.name for task in tasks}):
                 raise results.UserError(f"there is no architecture {', '.join(missing)}.")
             tasks = [task for task in tasks if task.name in args.architecture]
-        results.check_writable(folder)
         results.warn_of_other_code([log_of(task, args) for task in tasks])
         run.run_tasks(compute, tasks, args, 1, "architecture")
         results.save_json(folder / "architectures.json", collect(tasks, args))
 
-    found = json.loads((folder / "architectures.json").read_text("utf-8"))
-    problems = {name: a["problem"] for name, a in found.items() if "problem" in a}
-    built = {name: a for name, a in found.items() if name not in problems}
+    path = folder / "architectures.json"
+    if not path.exists():
+        raise results.UserError(f"{path} is missing: run without --plot-only.")
+    everything = json.loads(path.read_text("utf-8"))
+    problems = {name: a["problem"] for name, a in everything.items() if "problem" in a}
+    built = {name: a for name, a in everything.items() if name not in problems}
     results.save_text(folder / "table.md", table(built, problems))
     draw(folder / "architectures", built)
     wrong = [f"{name}: {a['wrong']}\n" for name, a in built.items() if a["wrong"]]
