@@ -158,6 +158,49 @@ def modules():
     yield "GPT, AdamW: ascents gain nothing", primary["low"] < 0 < primary["high"]
 
 
+def quantisation():
+    page = "figures/quantisation/README.md"
+    entries = summary("figures/quantisation")
+    tensor, channel, four_bits = 0, 1, 3  # indices of the steps and of the bits 8, 6, 5, 4, 3, 2
+    gpt = entries["GPT, Python's library"]["differences"]["teleported"]
+    for per in (tensor, channel):
+        difference = {key: values[per][four_bits] for key, values in gpt.items()}
+        yield page, in_thousandths(difference)
+    for name in (
+        "CNN, Fashion-MNIST",
+        "CNN, CIFAR-10",
+        "ResNet, Fashion-MNIST",
+        "ResNet, CIFAR-10",
+    ):
+        accuracy = entries[name]["accuracy"]
+        cells = [accuracy[arm][tensor][four_bits] for arm in ("trained", "ranges", "teleported")]
+        numbers = [entries[name]["float"]["accuracy"], *cells]
+        yield page, f"| {name} | {' | '.join(map(number, numbers))} |"
+    excluded = [
+        entry["differences"]["teleported"]["high"][tensor][four_bits] < 0
+        for name, entry in entries.items()
+        if name != "agreement"
+    ]
+    yield "per tensor the interval excludes 0 for four networks", sum(excluded) == 4
+    cnn = entries["CNN, Fashion-MNIST"]["accuracy"]
+    yield "README.md", f"keeps an accuracy of {cnn['trained'][tensor][four_bits]:.2f};"
+    yield "README.md", f"keeps {cnn['teleported'][tensor][four_bits]:.2f}, of"
+
+
+def readme():
+    page = "README.md"
+    for optimizer in ("momentum", "Adam"):
+        worth = summary("figures/learning_rate/MNIST")[optimizer]["kept"]["test_loss"]["worth"]
+        yield page, f"{number(worth['mean'][4], '.2f')} ({optimizer})"
+    entries = summary("figures/correlation").values()
+    r = [entry["sharpness"]["r_train_loss"]["pearson"] for entry in entries]
+    yield page, f"r = {min(r):.2f} to {max(r):.3f}"
+    everything = json.loads((ROOT / "figures/architectures/architectures.json").read_text("utf-8"))
+    built = [entry for entry in everything.values() if "problem" not in entry]
+    yield page, f"We tried it on {len(built)} architectures"
+    yield "no architecture has a wrong group", not any(entry["wrong"] for entry in built)
+
+
 def with_interval(entry, scale, form):
     """Return a value with its interval as "m [l, h]"."""
     mean, low, high = (number(scale * entry[key], form) for key in ("mean", "low", "high"))
@@ -168,7 +211,16 @@ def in_thousandths(difference):
     return with_interval(difference, 1e3, "+.1f")
 
 
-CHECKS = [correlation, sharpness, optimization, generalization, learning_rate, modules]
+CHECKS = [
+    readme,
+    correlation,
+    sharpness,
+    optimization,
+    generalization,
+    learning_rate,
+    modules,
+    quantisation,
+]
 
 
 def wrong():
