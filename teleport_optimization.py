@@ -439,8 +439,7 @@ def main():
     parts = results.read_all(folder, OPTIMIZERS, required=args.optimizer)
     arrays = {name: part.arrays for name, part in parts.items()}
     summaries = {name: summarise(values) for name, values in arrays.items()}
-    about = {name: {"settings": p.settings, "made_with": p.made_with} for name, p in parts.items()}
-    results.save_json(folder / "summary.json", {n: about[n] | summaries[n] for n in parts})
+    results.save_summaries(folder / "summary.json", parts, summaries)
     text = table(TITLES[args.dataset], summaries, PRIMARY)
     results.save_text(folder / "table.md", text)
     top = figures if args.dataset == "MNIST" else folder  # the paper's figures are of MNIST

@@ -497,9 +497,8 @@ def main():
 
     saved = results.read_all(folder, SETTINGS, required=args.dataset)
     arrays = {name: result.arrays for name, result in saved.items()}
-    about = {name: {"settings": r.settings, "made_with": r.made_with} for name, r in saved.items()}
     summaries = {name: summarise(values, CLAIMS, CONTROLS) for name, values in arrays.items()}
-    results.save_json(folder / "summary.json", {n: about[n] | summaries[n] for n in saved})
+    results.save_summaries(folder / "summary.json", saved, summaries)
     tables = {name: loss_table(name, summary, CLAIMS) for name, summary in summaries.items()}
     results.save_text(folder / "table.md", "\n".join([*tables.values(), move_table(summaries)]))
     for name, values in arrays.items():

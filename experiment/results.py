@@ -97,6 +97,15 @@ def save_json(path, content):
     save_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")
 
 
+def save_summaries(path, saved, summaries):
+    """Write summaries, {name: dict}, as JSON, each with what the Result of its name is made with.
+
+    saved: {name: Result}.
+    """
+    about = {name: {"settings": r.settings, "made_with": r.made_with} for name, r in saved.items()}
+    save_json(path, {name: about[name] | summaries[name] for name in saved})
+
+
 def as_arrays(values):
     """Return a dict of numbers, arrays and tensors on any device as a dict of NumPy arrays."""
     return {

@@ -305,8 +305,7 @@ def main():
 
     saved = results.read_all(folder, script.OPTIMIZERS, required=args.optimizer)
     summaries = {name: summarise(result.arrays) for name, result in saved.items()}
-    about = {n: {"settings": r.settings, "made_with": r.made_with} for n, r in saved.items()}
-    results.save_json(folder / "summary.json", {n: about[n] | summaries[n] for n in saved})
+    results.save_summaries(folder / "summary.json", saved, summaries)
     text = table(args.dataset, summaries)
     results.save_text(folder / "table.md", text)
     draw_worth(folder / "worth", args.dataset, summaries)

@@ -23,8 +23,6 @@ initial weights and mini-batches in each. Results go to logs/modules/, where an 
 resumes, and to figures/modules/.
 """
 
-import functools
-import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -159,12 +157,6 @@ class Task(NamedTuple):
     arms: tuple
 
 
-@functools.cache
-def data_version(path):
-    """Return a hash of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
 def training_log(task, args):
     """Return the Log of a task."""
     network = NETWORKS[task.network]
@@ -172,7 +164,7 @@ def training_log(task, args):
     settings = task._asdict() | {
         "training": [network.dataset, network.batch, network.held_out, args.steps, EVALUATE],
         "moves": [EVERY, LENGTH, ONCE, GROWTH, MIRRORED],
-        "data": data_version(networks.data_file(args)),
+        "data": networks.data_version(networks.data_file(args)),
         "device": "cpu" if is_cpu else torch.cuda.get_device_name(args.device),
     }
     name = f"{task.network}-{task.optimizer}-lr{task.lr:g}-{task.seed}-{len(task.arms)}arms.npz"
@@ -431,8 +423,7 @@ def main():
     saved = results.read_all(folder, map("-".join, product(NETWORKS, OPTIMIZERS)), required=pairs)
     arrays = {name: part.arrays for name, part in saved.items()}
     summaries = {name: summarise(values) for name, values in arrays.items()}
-    about = {n: {"settings": p.settings, "made_with": p.made_with} for n, p in saved.items()}
-    results.save_json(folder / "summary.json", {n: about[n] | summaries[n] for n in saved})
+    results.save_summaries(folder / "summary.json", saved, summaries)
     results.save_text(folder / "table.md", table(summaries))
     draw(folder / "steps", arrays, "step")
     draw(folder / "seconds", arrays, "seconds")

@@ -5,6 +5,8 @@ Python's standard library, are kept together in one file of 36 MB.
 """
 
 import copy
+import functools
+import hashlib
 import sysconfig
 from collections.abc import Callable
 from itertools import pairwise
@@ -145,6 +147,12 @@ NETWORKS = {  # those that take longest come first
 def data_file(args):
     """Return the file with all data; where it is, the datasets are not needed."""
     return args.output / "logs" / "networks" / f"data{'-sample' * args.sample}.npz"
+
+
+@functools.cache
+def data_version(path):
+    """Return a hash of the file with all data."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def make_data(args):

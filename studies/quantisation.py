@@ -20,8 +20,6 @@ resumes, and to figures/quantisation/.
 """
 
 import copy
-import functools
-import hashlib
 import math
 import sys
 from itertools import product
@@ -64,11 +62,6 @@ def cells(name):
     return list(product(arms, PERS))
 
 
-@functools.cache
-def data_version(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
 def cells_log(task, args):
     """Return the Log of a network's seed: its training, then a step for each cell."""
     name, seed = task
@@ -77,7 +70,7 @@ def cells_log(task, args):
         "network": name,
         "training": [network.dataset, network.batch, network.epochs, network.lr],
         "seed": seed,
-        "data": data_version(networks.data_file(args)),
+        "data": networks.data_version(networks.data_file(args)),
         "cells": cells(name),
         "bits": BITS,
         "rounding": [BATCHES, STEPS, RANDOM],

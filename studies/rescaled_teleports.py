@@ -101,9 +101,8 @@ def main():
 
     saved = results.read_all(folder, figure_4.SETTINGS, required=args.dataset)
     arrays = {name: result.arrays for name, result in saved.items()}
-    about = {name: {"settings": r.settings, "made_with": r.made_with} for name, r in saved.items()}
     summaries = {name: figure_4.summarise(a, CLAIMS, CONTROLS) for name, a in arrays.items()}
-    results.save_json(folder / "summary.json", {n: about[n] | summaries[n] for n in saved})
+    results.save_summaries(folder / "summary.json", saved, summaries)
     tables = {name: figure_4.loss_table(name, s, CLAIMS) for name, s in summaries.items()}
     moves = figure_4.move_table(summaries)
     results.save_text(folder / "table.md", "\n".join([*tables.values(), moves]))

@@ -298,8 +298,7 @@ def main():
     parts = {f"{p.settings['optimizer']}, lr {p.settings['lr']:g}": p for p in parts}
     arrays = {title: part.arrays for title, part in parts.items()}
     summaries = {title: script.summarise(values) for title, values in arrays.items()}
-    about = {t: {"settings": p.settings, "made_with": p.made_with} for t, p in parts.items()}
-    results.save_json(folder / "summary.json", {t: about[t] | summaries[t] for t in parts})
+    results.save_summaries(folder / "summary.json", parts, summaries)
     text = script.table(TITLES[args.dataset], summaries, QUESTIONS[args.question].primary)
     results.save_text(folder / "table.md", text)
     if args.question == "lr":
