@@ -17,7 +17,7 @@ from torch import nn
 import models
 from models import check_batch, warn_if_not_finite
 from parameter_symmetries import ascent
-from parameter_symmetries.ascent import INF, Orbit, value_and_gradient
+from parameter_symmetries.ascent import INF, Orbit
 
 CHUNK = 400_000  # first-layer activations of perturbed networks at a time: these fit the cache
 RADII = {  # lengths of the perturbations in Table 1's φ, with one direction each
@@ -259,41 +259,6 @@ def teleport(
     if action.multiplies_V:
         weights[0] = path.group_elements[0] @ first_layer
     return (weights, path._asdict()) if return_path else weights
-
-
-@torch.no_grad()
-def level_set_ascent(weights, x, y, length, steps, activation):
-    """Move to a larger gradient within the batch's level set, by no symmetry.
-
-    Each step moves by `length` along ∇|∇L|² = 2 H∇L, projected onto the tangent of the level set;
-    two Newton steps along ∇L then bring the loss back (Mishkin, Bietti, Gower 2024). An orbit that
-    keeps the batch's loss lies in its level set, so this is a fair comparison for a teleport of the
-    same length. Shapes are those of `teleport`. Returns the new weights and a dict of `objective`,
-    |∇L|² [steps + 1, ...].
-    """
-
-    def loss(weights):
-        return models.cross_entropy(weights, x, y, activation)
-
-    def norm(weights):
-        return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
-
-    def plus(weights, scale, direction):
-        scale = scale.nan_to_num(0.0, 0.0, 0.0)  # where the gradient is 0 no step is taken
-        return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
-
-    start, path = loss(weights), []
-    for _ in range(steps):
-        value, direction = value_and_gradient(norm, weights)
-        path.append(value)
-        slope = value_and_gradient(loss, weights)[1]
-        direction = plus(direction, -inner_product(direction, slope) / value, slope)
-        weights = plus(weights, length / inner_product(direction, direction).sqrt(), direction)
-        for _ in range(2):
-            now, slope = value_and_gradient(loss, weights)
-            weights = plus(weights, (start - now) / inner_product(slope, slope), slope)
-    path.append(warn_if_not_finite("|∇L|²", norm(weights)))
-    return weights, {"objective": torch.stack(path)}
 
 
 # Sharpness (Eq. 4), and teleports that change it (Figure 4)

@@ -30,20 +30,21 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 import models
 import teleport_optimization as script
 from data import TITLES, load_data
 from experiment import plots, results, run
+from parameter_symmetries.ascent import value_and_gradient
 from teleport_optimization import ACTIVATION, MOVES, OPTIMIZERS
 from teleportation import (
     RESCALING,
     ascend_to,
     gradient_norm_squared,
     inner_product,
-    level_set_ascent,
-    value_and_gradient,
+    loss_and_gradient_norm_squared,
 )
 
 LENGTH, RESCALING_STEPS = 0.02, 100  # |T| of a step of a rescaling, and the most of them
@@ -60,6 +61,41 @@ def pseudoinverse(weights, x, y, lr, rng):
     way = [new - old for new, old in zip(moved, weights)]
     LAST["length"] = inner_product(way, way).sqrt()
     return moved
+
+
+@torch.no_grad()
+def level_set_ascent(weights, x, y, length, steps, activation):
+    """Move to a larger gradient within the batch's level set, by no symmetry.
+
+    Each step moves by `length` along ∇|∇L|² = 2 H∇L, projected onto the tangent of the level set;
+    two Newton steps along ∇L then bring the loss back (Mishkin, Bietti, Gower 2024). An orbit that
+    keeps the batch's loss lies in its level set, so this is a fair comparison for a teleport of the
+    same length. Shapes are those of `teleport`. Returns the new weights and a dict of `objective`,
+    |∇L|² [steps + 1, ...].
+    """
+
+    def loss(weights):
+        return models.cross_entropy(weights, x, y, activation)
+
+    def norm(weights):
+        return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
+
+    def plus(weights, scale, direction):
+        scale = scale.nan_to_num(0.0, 0.0, 0.0)  # where the gradient is 0 no step is taken
+        return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
+
+    start, path = loss(weights), []
+    for _ in range(steps):
+        value, direction = value_and_gradient(norm, weights)
+        path.append(value)
+        slope = value_and_gradient(loss, weights)[1]
+        direction = plus(direction, -inner_product(direction, slope) / value, slope)
+        weights = plus(weights, length / inner_product(direction, direction).sqrt(), direction)
+        for _ in range(2):
+            now, slope = value_and_gradient(loss, weights)
+            weights = plus(weights, (start - now) / inner_product(slope, slope), slope)
+    path.append(models.warn_if_not_finite("|∇L|²", norm(weights)))
+    return weights, {"objective": torch.stack(path)}
 
 
 def level_set(weights, x, y, lr, rng):

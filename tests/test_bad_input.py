@@ -13,6 +13,7 @@ import teleportation
 from experiment.results import ROOT
 from models import MLP, LeakyReLU, check_batch, init_weights
 from teleportation import random_directions
+from teleports import level_set_ascent
 
 WIDTHS, N, ACTIVATION = (6, 5, 4, 3), 40, LeakyReLU()
 
@@ -69,7 +70,7 @@ def calls(weights, x, y):
         "estimate": lambda: t.estimate(weights, x, y, [0.1], 0, ACTIVATION),
         "teleport": lambda: t.teleport(weights, x, y, 0.1, 1, ACTIVATION),
         "teleport_sharpness": lambda: t.teleport_sharpness(weights, x, y, 0.1, 1, *draws),
-        "level_set_ascent": lambda: t.level_set_ascent(weights, x, y, 0.1, 1, ACTIVATION),
+        "level_set_ascent": lambda: level_set_ascent(weights, x, y, 0.1, 1, ACTIVATION),
         "teleport_curvature": lambda: t.teleport_curvature(weights, x, 0.1, [M], ACTIVATION),
         "curvature_along": lambda: t.curvature_along(weights, x, M, 1, ACTIVATION),
         "curve_derivatives": lambda: t.curve_derivatives(weights, x, [torch.eye(5), M], ACTIVATION),

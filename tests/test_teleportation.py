@@ -23,7 +23,6 @@ from teleportation import (
     estimate,
     gradient_norm_squared,
     group_action,
-    level_set_ascent,
     loss_and_gradient_norm_squared,
     orbit_of,
     pseudoinverse,
@@ -38,6 +37,7 @@ from teleportation import (
     two_derivatives,
     with_mixed_derivatives,
 )
+from teleports import level_set_ascent
 
 WIDTHS = (12, 6, 5, 10)
 
