@@ -5,11 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from .groups import LINEAR, RESCALING, Axis, Group
-from .names import mix
+from .integers import mix
 
 
 class Entries(NamedTuple):
@@ -29,20 +27,16 @@ class Entries(NamedTuple):
 def groups_of(names, parameters):
     """Return the groups that Names have found on the Parameters."""
     axes, axis, position, name = named_entries(names, parameters)
-    if not axes:
-        return []
-    edges, size = edges_of(names.equations), len(names.owner)
-    component, power = ratios_of(*edges, size)
-    axis_of_name = np.full(size, -1)
+    a, b, r = map(np.concatenate, zip(*names.equations))
+    component, power = ratios_of(a, b, r, len(names.owner))
+    axis_of_name = np.full(len(names.owner), -1)
     axis_of_name[name] = axis
-    role, block = blocks_of(component, power, axis_of_name, names.marks, *edges[:2])
-    free = power[name] != 0
-    axis, position, name = axis[free], position[free], name[free]
-    entries = Entries(axis, position, name, component[name], power[name], block[component[name]])
-    entries = with_both_sides(merged(entries))
+    role, block = blocks_of(component, power, axis_of_name, names.marks, a, b)
+    block = block[component[name]]
+    entries = merged(Entries(axis, position, name, component[name], power[name], block))
     # blocks of one size that have the same axes, with the same powers to 1e-3, are one group
     _, first = np.unique(entries.component, return_index=True)
-    kind = np.bincount(entries.block[first], minlength=size)
+    kind = np.bincount(entries.block[first], minlength=len(names.owner))
     powers = hashed(entries.axis, (entries.power * 1000).astype(int))
     _, first = np.unique(hashed(entries.block, powers), return_index=True)
     np.add.at(kind, entries.block[first], powers[first])
@@ -54,31 +48,18 @@ def groups_of(names, parameters):
 
 def named_entries(names, parameters):
     """Return a list of (parameter, axes), and three arrays: which of these, position, name."""
-    axes, axis, position, name = {}, [], [], []
+    axes, parts = {}, [np.zeros((3, 0), int)]
     met = np.zeros(len(names.owner), bool)
     met[np.concatenate([*names.met, np.zeros(1, int)])] = True
     for parameter in parameters:
         for named in parameter.named_axes or []:
-            entries = named.names.flatten().numpy()
-            if not met[entries].all():  # what did not run, such as later positions, is not known
-                names.equations.append((entries, np.zeros_like(entries), 1))
+            name = named.names.flatten().numpy()
+            if not met[name].all():  # what did not run, such as later positions, is not known
+                names.equations.append((name, np.zeros_like(name), np.ones(len(name))))
             # the axis of a diagonal matrix is there twice
             k = axes.setdefault((parameter, tuple(named.axes)), len(axes))
-            axis.append(np.full(len(entries), k))
-            position.append(np.arange(len(entries)))
-            name.append(entries)
-    arrays = [np.concatenate(part or [np.zeros(0, int)]) for part in (axis, position, name)]
-    return [list(axes), *arrays]
-
-
-def edges_of(equations):
-    """Return equations log c_a = r log c_b between names without sign: three arrays a, b, r."""
-    a, b, r = [np.zeros(1, int)], [np.zeros(1, int)], [np.ones(1)]
-    for one, other, ratio in equations:
-        a.append(abs(one))
-        b.append(abs(other))
-        r.append(np.where((one < 0) == (other < 0), ratio, -ratio))
-    return tuple(np.concatenate(parts) for parts in (a, b, r))
+            parts.append(np.stack([np.full_like(name, k), np.arange(len(name)), name]))
+    return [list(axes), *np.hstack(parts)]
 
 
 def ratios_of(a, b, r, size):
@@ -87,35 +68,22 @@ def ratios_of(a, b, r, size):
     Returns for each name the first name that it is tied to, and the ratio of its log scale to that
     one's, 0 where it is fixed; both are [size].
     """
-    node = np.arange(size)
-    component, parent = trees_of(a, b, size)
-    # the ratios of the tree's edges; a root is its own parent
-    edge = np.minimum(a, b) * size + np.maximum(a, b)
-    order = np.argsort(edge)
-    wanted = np.minimum(node, parent) * size + np.maximum(node, parent)
-    place = order[np.searchsorted(edge, wanted, sorter=order).clip(max=len(edge) - 1)]
-    ratio = np.where(node == a[place], r[place], 1 / r[place])
-    ratio[parent == node] = 1
-    while (parent[parent] != parent).any():
-        ratio, parent = ratio * ratio[parent], parent[parent]
+    parent, ratio = np.arange(size), np.ones(size)
+    while True:  # the root of a tree hangs on the lowest root that an equation ties it to
+        of_a, of_b = parent[a], parent[b]
+        if (of_a == of_b).all():
+            break
+        r_of_a = r * ratio[b] / ratio[a]  # log c_(root of a) = this times log c_(root of b)
+        low, high = np.minimum(of_a, of_b), np.maximum(of_a, of_b)
+        r_of_high = np.where(of_a == high, r_of_a, 1 / r_of_a)
+        order = np.argsort(-low, kind="stable")
+        order = order[(low != high)[order]]
+        parent[high[order]], ratio[high[order]] = low[order], r_of_high[order]
+        while (parent[parent] != parent).any():
+            ratio, parent = ratio * ratio[parent], parent[parent]
     wrong = abs(ratio[a] - r * ratio[b]) > 1e-9 * abs(ratio[a])
-    fixed = np.isin(component, component[[0, *a[wrong]]])
-    return component, np.where(fixed, 0, ratio)
-
-
-def trees_of(a, b, size):
-    """Return the first node of the component of each node, and its parent in a spanning tree."""
-    _, component = connected_components(graph_of(a, b, size), directed=False)
-    _, first = np.unique(component, return_index=True)
-    # one search from a node of its own, on which all components hang
-    ends = np.concatenate([a, np.full(len(first), size)]), np.concatenate([b, first])
-    _, parent = breadth_first_order(graph_of(*ends, size + 1), size, directed=False)
-    return first[component], np.where(parent[:-1] == size, np.arange(size), parent[:-1])
-
-
-def graph_of(a, b, size):
-    ones = np.ones(len(a), bool)
-    return coo_array((ones, (a.astype(np.int32), b.astype(np.int32))), shape=(size, size)).tocsr()
+    is_fixed = np.isin(parent, parent[[0, *a[wrong]]])
+    return parent, np.where(is_fixed, 0, ratio)
 
 
 def blocks_of(component, power, axis, marks, a, b):
@@ -150,19 +118,16 @@ def hashed(*parts):
 
 
 def merged(entries):
-    """Multiply powers of one scale on one entry, which a diagonal matrix may both read and make."""
+    """Return the entries of components that make something and read it.
+
+    Powers of one scale on one entry are multiplied: a diagonal matrix may both read and make.
+    """
     key = hashed(entries.axis, entries.position, entries.component)
     _, first, which = np.unique(key, return_index=True, return_inverse=True)
-    power = np.bincount(which, entries.power, len(first))
-    return entries.where(first)._replace(power=power).where(power != 0)
-
-
-def with_both_sides(entries):
-    """Return the entries of components that make something and read it."""
-    made, read = (
-        np.unique(entries.component[side]) for side in (entries.power > 0, entries.power < 0)
-    )
-    return entries.where(np.isin(entries.component, np.intersect1d(made, read)))
+    entries = entries.where(first)._replace(power=np.bincount(which, entries.power, len(first)))
+    made, read = (entries.component[entries.power * sign > 0] for sign in (1, -1))
+    both = np.isin(entries.component, made) & np.isin(entries.component, read)
+    return entries.where(both & (entries.power != 0))
 
 
 def group_of(entries, role, axes):

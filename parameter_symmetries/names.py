@@ -1,17 +1,22 @@
 """Names of scales beside the entries of tensors, and what is demanded of them.
 
-`trace` explains the idea. A name is an integer: n > 0 is a scale c_n, -n is 1 / c_n, 0 is fixed,
-and BLANK is the name of a constant zero, which fits every scale.
+`trace` explains the idea. A name is an integer: n > 0 is a scale c_n, -n is 1 / c_n, 0 is fixed.
+BLANK is the name of a constant zero, which fits every scale. UNWRITTEN is that of memory to which
+nothing was written; it counts as fixed where it is read.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-BLANK = torch.iinfo(torch.int64).min
+from .components import ratios_of
+from .integers import mix, place, thin, varying
+
+BLANK, UNWRITTEN = torch.iinfo(torch.int64).min, 1
 
 
 class Factor(NamedTuple):
@@ -80,49 +85,15 @@ def spread(state, shape):
     return each(lambda t: t.expand(shape), state)
 
 
-# Integer tensors. They have stride 0 where they are constant, which saves memory and time.
+def fixed(like):
+    """Return the Factor of a tensor that is fixed, where others beside it are not."""
+    zero = torch.zeros((), dtype=torch.int64, device=like.device).expand(like.shape)
+    return Factor(zero, zero)
 
 
-def thin(t):
-    """Return a tensor with the dimensions of stride 0 cut to size 1."""
-    return t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
-
-
-def varying(t):
-    """Return the set of the dimensions along which the entries of a tensor differ."""
-    t = thin(t)
-    return {
-        d for d, n in enumerate(t.shape) if n > 1 and not t.narrow(d, 0, 1).expand_as(t).equal(t)
-    }
-
-
-def compact(t):
-    """Return a tensor with stride 0 in the dimensions along which it is constant."""
-    dims = varying(t)
-    return t[tuple(slice(None) if d in dims else slice(0, 1) for d in range(t.dim()))].expand_as(t)
-
-
-def place(like, dims):
-    """Return numbers that differ where the coordinates along `dims` do, of size 1 elsewhere."""
-    sizes = [n if d in dims else 1 for d, n in enumerate(like.shape)]
-    return torch.arange(math.prod(sizes), device=like.device).view(sizes)
-
-
-def mix(*parts):
-    """Return a hash of integers and integer tensors, entry by entry."""
-    h = torch.zeros((), dtype=torch.int64)
-    for part in parts:
-        h = h + part
-        for shift, odd in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85)):
-            h ^= h >> shift
-            h *= odd
-    return h ^ (h >> 32)
-
-
-def fold(history, dims):
-    """Return a hash of the entries along `dims` and of their order, of size 1 there."""
-    history = thin(history)
-    return mix(history, place(history, dims)).sum(dims, keepdim=True) if dims else mix(history)
+def overwritable(names):
+    """Return names with BLANK for what is not yet written, too, as for one who writes there."""
+    return torch.where(names == UNWRITTEN, BLANK, names)
 
 
 class Names:
@@ -130,12 +101,13 @@ class Names:
 
     def __init__(self):
         self.step, self.operation = 0, ""  # what is running
-        self.owner = [None]  # for each name the number of its parameter
-        self.known = 1  # how many names there were before the operation
-        self.equations = []  # (a, b, r): log c_a = r log c_b
+        self.owner = [None, None]  # for each name its Parameter; 0 and UNWRITTEN have none
+        self.known = 2  # how many names there were before the operation
+        # arrays a, b, r: log c_a = r log c_b, of names without signs
+        self.equations = [(np.array([UNWRITTEN]), np.array([0]), np.ones(1))]
         self.marks = []  # (names, hashes of what was done to them)
         self.met = []  # names of entries that took part in the run
-        self.ended = {}  # (operation, the parameter whose names it fixed), in the order of the run
+        self.ended = {}  # "operation after module" for what fixed names, in the order of the run
 
     def name(self, parameter, *groups):
         """Give a parameter names along groups of axes: each a list of axes, or NamedAxes."""
@@ -145,7 +117,7 @@ class Names:
                 sizes = [parameter.shape[a] for a in group]
                 group = NamedAxes(group, torch.arange(math.prod(sizes)).view(sizes), group)
             parameter.named_axes.append(group._replace(names=group.names + len(self.owner)))
-            self.owner += [parameter.number] * (1 + int(group.names.max()))
+            self.owner += [parameter] * (1 + int(group.names.max()))
 
     def named(self, state, *groups):
         """Return the factors of a state; a new parameter gets names, along two axes by default."""
@@ -166,7 +138,9 @@ class Names:
         """Demand log c_a = ratio log c_b; return a, or b where a is blank."""
         a, b = torch.broadcast_tensors(thin(a), thin(b))
         real = (a != BLANK) & (b != BLANK) & ((a != b) | (ratio != 1))
-        self.equations.append((a[real].cpu().numpy(), b[real].cpu().numpy(), ratio))
+        r = torch.where((a < 0) == (b < 0), float(ratio), -float(ratio))
+        equation = a[real].abs(), b[real].abs(), r[real]
+        self.equations.append([t.cpu().numpy() for t in equation])
         return torch.where(a == BLANK, b, a)
 
     def equal(self, names, dims):
@@ -180,15 +154,24 @@ class Names:
 
     def fix(self, state):
         """Demand that the scales of a state be 1, because of the operation that is running."""
+        owners = []
         if is_new(state):
             state.parameter.named_axes = []
-            self.ended[self.operation, state.parameter.number] = True
+            owners.append(state.parameter)
         for f in self.named(state):
             names = thin(f.names).unique()
             self.tie(names, torch.zeros_like(names))
-            earlier = names[(names != 0) & (names != BLANK) & (names.abs() < self.known)]
-            for name in earlier.tolist():
-                self.ended[self.operation, self.owner[abs(name)]] = True
+            earlier = (names.abs() > UNWRITTEN) & (names.abs() < self.known)
+            owners += [self.owner[abs(name)] for name in names[earlier].tolist()]
+        for owner in filter(None, dict.fromkeys(owners)):
+            module, _, name = owner.name.rpartition(".")
+            operation = self.operation.removeprefix("_").removeprefix("native_")
+            self.ended[f"{operation} after {module or name}"] = True
+
+    def is_fixed(self, names):
+        """Return whether all that was demanded so far fixes these names."""
+        _, ratio = ratios_of(*map(np.concatenate, zip(*self.equations)), len(self.owner))
+        return not ratio[names[names != BLANK].abs().cpu().numpy()].any()
 
     def agree(self, x, y):
         """Return the factors of x + y, and of all else for which x and y must scale alike."""
@@ -220,9 +203,10 @@ class Names:
         self.marks.append((names[real].abs().cpu().numpy(), marks[real].cpu().numpy()))
 
     def mark_each_entry(self, factors):
-        """Note that entries were treated one by one."""
+        """Note that entries were treated one by one; return the factors."""
         for f in factors:
             self.mark(thin(f.names), thin(f.names))
+        return factors
 
     def touched(self, state, *others):
         """Return the state of a tensor times fixed ones, which may vary from entry to entry."""
@@ -236,7 +220,7 @@ class Names:
             return mix(thin(history), self.step, where).expand(like.shape)
 
         if isinstance(state, View):
-            return View(state.parameter, state.coordinates, change(state.history))
+            return replace(state, history=change(state.history))
         return [Factor(f.names, change(f.history)) for f in state]
 
 

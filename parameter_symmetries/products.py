@@ -5,21 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .names import (
-    BLANK,
-    Factor,
-    NamedAxes,
-    each,
-    fold,
-    is_floating,
-    is_new,
-    mix,
-    nearest,
-    place,
-    spread,
-    thin,
-    varying,
-)
+from .integers import fold, mix, place, thin, varying
+from .names import BLANK, Factor, NamedAxes, each, is_floating, is_new, nearest, spread
 
 
 def contract(trace, x, y, sizes):
@@ -44,8 +31,7 @@ def contract(trace, x, y, sizes):
     pairs = min(map(len, cancel))
     for k in (0, 1):
         for f in cancel[k][pairs:]:  # the other side is fixed
-            was_known = bool((thin(f.names).abs() < trace.known).any())
-            if 1 in varying(f.names) or (f.names.shape[2] == 1 and was_known):
+            if 1 in varying(f.names):
                 stay[k].append(f)
             else:
                 trace.fix([f])
@@ -94,7 +80,8 @@ def matmul(trace, out, x, y, *_):
 
 
 def addmm(trace, out, bias, x, y, **_):
-    return trace.agree(spread(trace.state(bias), out.shape), matmul(trace, out, x, y))
+    factors = trace.agree(spread(trace.state(bias), out.shape), matmul(trace, out, x, y))
+    return trace.touched(factors)  # by alpha and beta
 
 
 def grouped_mm(trace, out, x, y, ends=None, *_, **__):
@@ -153,7 +140,7 @@ def channels(shape, groups, transposed):
     return (first, second) if transposed else (second, first)
 
 
-def product(trace, out, x, y, inverse=False, rounding_mode=None):
+def product(trace, out, x, y=-1, inverse=False, rounding_mode=None):
     """x y, or x / y, entry by entry."""
     if rounding_mode:
         return None
@@ -193,7 +180,7 @@ def absorb(trace, factors, view):
     dims = set().union(*(varying(c) for c in view.coordinates))
     for f in factors:
         axes = view.axes_like(f.names)
-        if axes and (varying(f.names) <= dims or trace.is_fixed(f.names)):
+        if axes and (varying(f.names) <= dims or trace.is_fixed(thin(f.names))):
             trace.name(view.parameter, axes, axes)
             return
     trace.fix(view)
@@ -221,32 +208,19 @@ def powers(trace, factors, r):
     return new
 
 
-def layer_norm(trace, out, x, shape, weight=None, bias=None, *_):
-    return affine(trace, out, x, weight, bias, 0)
-
-
-def rms_norm(trace, out, x, shape, weight=None, *_):
-    return affine(trace, out, x, weight, None, 0)
-
-
-def channel_norm(trace, out, x, weight=None, bias=None, *others, **_):
-    for statistic in filter(is_floating, others):  # read, or written without a word in the schema
-        trace.unknown(statistic)
-    return affine(trace, out, x, weight, bias, x.dim() - 2)
-
-
-def affine(trace, out, x, weight, bias, behind):
-    """A norm fixes its input, and its affine parameters make units anew.
-
-    behind: the number of dimensions behind those of the parameters.
-    """
+def norm(trace, out, x, *args):
+    """A norm fixes its input, and its affine parameters make units anew."""
+    behind = 0 if isinstance(args[0], list | tuple) else x.dim() - 2  # dimensions behind theirs
+    tensors = [t for t in args if t is None or isinstance(t, Tensor)]
+    weight, bias, *statistics = [*tensors, None, None]
     trace.fix(trace.state(x))
-    shape = (out[0] if isinstance(out, tuple) else out).shape
+    for statistic in filter(is_floating, statistics):  # read, or written unsaid in the schema
+        trace.unknown(statistic)
     parts = []
     for parameter in (weight, bias):
         axes = list(range(parameter.dim())) if isinstance(parameter, Tensor) else []
         factors = trace.named(trace.state(parameter), axes)
-        parts.append(each(lambda t: t[(..., *[None] * behind)].expand(shape), factors))
+        parts.append(each(lambda t: t[(..., *[None] * behind)].expand(x.shape), factors))
     trace.mark_each_entry(parts[0])
     return trace.agree(*parts) if isinstance(bias, Tensor) else parts[0]
 

@@ -7,32 +7,19 @@ without a rule does. `trace` explains the idea.
 
 import math
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from .names import BLANK, Factor, View, compact, each, fold, is_new, mix, place, spread, thin
-from .products import (
-    addmm,
-    channel_norm,
-    convolution,
-    grouped_mm,
-    layer_norm,
-    matmul,
-    power,
-    product,
-    rms_norm,
-    weight_norm,
-)
+from . import products
+from .integers import compact, fold, mix, place, thin
+from .names import BLANK, UNWRITTEN, Factor, each, fixed, is_floating, is_new, overwritable, spread
 
 
 def fits_all(number):
     """Return whether a number stays what it is under every scale."""
     return not isinstance(number, Tensor) and (number == 0 or abs(number) == math.inf)
-
-
-def first_of(out):
-    return out[0] if isinstance(out, list | tuple) else out
 
 
 # Entries that are moved take their names along.
@@ -58,10 +45,9 @@ def reshape(trace, out, x, shape, *_):
 
 def restride(trace, out, x, shape, stride, offset=None):
     """Dimensions of size 1 may get another stride, as behind a mean over channels_last images."""
-    state = trace.state(x)
-    history = state.history if isinstance(state, View) else state[0].history
-    same = all(new == old for n, new, old in zip(shape, stride, trace.stride) if n > 1)
-    return state if same and offset is None and list(shape) == list(history.shape) else None
+    old_shape, old_stride = trace.layout
+    same = all(new == old for n, new, old in zip(shape, stride, old_stride) if n > 1)
+    return trace.state(x) if same and offset is None and list(shape) == list(old_shape) else None
 
 
 def keep(trace, out, x, *_, **__):
@@ -69,21 +55,16 @@ def keep(trace, out, x, *_, **__):
 
 
 def join(trace, out, tensors, dim=0):
-    tensors = [t for t in tensors if t.shape != (0,)]
-    states, zero = [trace.factors(t) for t in tensors], torch.zeros((), dtype=torch.int64)
-    factors = []
-    for k in range(max(map(len, states))):
-        fixed = [spread([Factor(zero.to(t.device), zero.to(t.device))], t.shape) for t in tensors]
-        column = [(state[k:] or f)[0] for state, f in zip(states, fixed)]
+    tensors, factors = [t for t in tensors if t.shape != (0,)], []
+    for column in zip_longest(*map(trace.factors, tensors)):
+        column = [f or fixed(t) for f, t in zip(column, tensors)]
         factors.append(Factor(*(trace.function(list(ts), dim) for ts in zip(*column))))
     return factors
 
 
 def pad(trace, out, x, widths, value=0):
-    name = BLANK if fits_all(value) else 0
-    names = [trace.function(f.names, widths, name) for f in trace.factors(x)]
-    histories = [trace.function(f.history, widths, 0) for f in trace.factors(x)]
-    return [Factor(*f) for f in zip(names, histories)]
+    name, function = BLANK if fits_all(value) else 0, trace.function
+    return [Factor(function(n, widths, name), function(h, widths, 0)) for n, h in trace.factors(x)]
 
 
 def pick(trace, x, dims, function):
@@ -132,8 +113,9 @@ def embedding_bag(trace, out, weight, rows, offsets, _, mode=0, sparse=False, sc
 def put(trace, x, dims, factors):
     """What is put where data say has one name for all places; factors: of size 1 along `dims`."""
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
-    old = spread(blend(trace, trace.factors(x), dims), shape)
-    factors, where = trace.agree(old, spread(factors, shape)), place(x, dims)
+    old = [Factor(overwritable(f.names), f.history) for f in trace.factors(x)]
+    factors = trace.agree(spread(blend(trace, old, dims), shape), spread(factors, shape))
+    where = place(x, dims)
     return spread([Factor(f.names, mix(thin(f.history), where)) for f in factors], x.shape)
 
 
@@ -155,33 +137,22 @@ def index_put(trace, out, x, indices, values, *_):
     return put(trace, x, dims, each(lambda t: t.reshape(*ones, *t.shape[len(front) :]), factors))
 
 
-# Constants. Zeros have every scale, and so has memory that is not yet written.
-
-
-def blank(trace, out, *args, **kwargs):
-    number = {"scalar_tensor": 0, "full": 1, "full_like": 1, "fill": 1, "new_full": 2}
-    value = args[number[trace.operation]] if trace.operation in number else 0
-    if isinstance(value, Tensor):
+def constant(trace, out, *args, **_):
+    """Zeros and infinities have every scale, other numbers none."""
+    if any(isinstance(value, Tensor) for value in args[1:]):
         return None
-    if not fits_all(value) or not out.is_floating_point():
+    is_empty = "empty" in trace.operation
+    if not is_floating(out) or not (is_empty or (out == 0).all() or out.isinf().all()):
         return []
-    names = torch.full_like(out, BLANK, dtype=torch.int64)
+    names = torch.full_like(out, UNWRITTEN if is_empty else BLANK, dtype=torch.int64)
     return [Factor(names, torch.zeros_like(names))]
-
-
-def constant(trace, out, *args, **kwargs):
-    return []
 
 
 # Functions of entries: f(cx) = c f(x) for c > 0, and others
 
 
-def positive(trace, out, x, *numbers, **_):
-    if any(isinstance(number, Tensor) for number in numbers):
-        return None
-    factors = trace.factors(x)
-    trace.mark_each_entry(factors)
-    return factors
+def positive(trace, out, x, *_, **__):
+    return trace.mark_each_entry(trace.factors(x))
 
 
 def clamp(trace, out, x, min=None, max=None):
@@ -200,32 +171,24 @@ def glu(trace, out, x, dim=-1):
     return trace.touched(value, out)
 
 
-def compare(trace, out, x, y=0):
-    """The sign of an entry stays, and which one of two is larger."""
-    if isinstance(y, Tensor):
-        shape = torch.broadcast_shapes(x.shape, y.shape)
-        both = trace.agree(*(spread(trace.state(t), shape) for t in (x, y)))
-        trace.mark_each_entry(trace.named(both))
-        return []
-    if y != 0:
-        return None
-    trace.mark_each_entry(trace.factors(x))
-    return []
-
-
 # Sums
 
 
-def add(trace, out, x, y, **_):
+def add(trace, out, x, y=0, **_):
+    """x + y, x - y, or x + alpha y: to GL(d) it makes a difference which."""
     if isinstance(y, Tensor):
-        return trace.agree(*(spread(trace.state(t), out.shape) for t in (x, y)))
-    return trace.state(x) if type(y) is int and y == 0 else None  # Python's sum begins with 0
+        return trace.touched(trace.agree(*(spread(trace.state(t), out.shape) for t in (x, y))))
+    return trace.touched(trace.state(x)) if y == 0 else None  # Python's sum begins with 0
 
 
-def larger(trace, out, x, y):
-    factors = trace.named(add(trace, out, x, y))
-    trace.mark_each_entry(factors)
-    return factors
+def larger(trace, out, x, y=0):
+    both = add(trace, out, x, y)
+    return None if both is None else trace.mark_each_entry(trace.named(both))
+
+
+def compare(*arguments):
+    """Which of two entries is larger stays, and so does the sign of one."""
+    return None if larger(*arguments) is None else []
 
 
 def where(trace, out, condition, x, y):
@@ -245,10 +208,6 @@ def masked_fill(trace, out, x, by, value):
     return trace.touched(spread(trace.state(x), out.shape), by) if fits_all(value) else None
 
 
-def scale(trace, out, x):
-    return trace.touched(trace.state(x))
-
-
 def blend(trace, factors, dims, out=None):
     """Return the factors of linear combinations along `dims`, of size 1 there or as `out`."""
     blended = []
@@ -262,7 +221,7 @@ def blend(trace, factors, dims, out=None):
 
 def reduce(trace, out, x, *args, position=0, dims=None, linear=True, **kwargs):
     """Sums, means, maxima, poolings: the names along what is reduced are equal."""
-    first = first_of(out)
+    first = out[0] if isinstance(out, list | tuple) else out
     dims = kwargs.get("dim", args[position] if position < len(args) else dims)
     if dims is None or dims == []:
         dims = range(x.dim())
@@ -275,18 +234,16 @@ def reduce(trace, out, x, *args, position=0, dims=None, linear=True, **kwargs):
     return spread(factors, first.shape)
 
 
-def length(trace, out, x, order=2, *args, **kwargs):
-    return reduce(trace, out, x, *args, linear=False, **kwargs) if order != 0 else None
-
-
-def pool(trace, out, x, *_, dims, linear=True, **__):
-    return reduce(trace, out, x, dims=range(-dims, 0), linear=linear)
+def pool(trace, out, x, *_, **__):
+    """Poolings, paddings, interpolations: over as many dimensions as the operation's name says."""
+    dims = range(-next(n for n in (1, 2, 3) if f"{n}d" in trace.operation), 0)
+    return reduce(trace, out, x, dims=dims, linear="max" not in trace.operation)
 
 
 # The table
 
 
-RULES = {
+RULES = {  # operation: rule, where # is a number of dimensions
     operation: rule
     for rule, operations in {
         reshape: "view _unsafe_view _reshape_alias",
@@ -303,14 +260,14 @@ RULES = {
         embedding_bag: "_embedding_bag _embedding_bag_forward_only",
         put_along: "index_add index_copy scatter scatter_add",
         index_put: "index_put _index_put_impl",
-        blank: "zeros zeros_like new_zeros zero empty empty_like new_empty empty_strided "
-        "new_empty_strided empty_permuted full full_like new_full fill scalar_tensor",
-        constant: "ones_like new_ones rand_like randn_like",
+        constant: "zeros zeros_like new_zeros zero ones_like new_ones full full_like new_full fill "
+        "scalar_tensor rand_like randn_like empty empty_like new_empty empty_strided "
+        "new_empty_strided empty_permuted",
         positive: "relu leaky_relu abs",
         clamp: "clamp clamp_min clamp_max",
         prelu: "_prelu_kernel",
         glu: "glu",
-        power: "pow square sqrt rsqrt reciprocal",
+        products.power: "pow square sqrt rsqrt reciprocal",
         compare: "gt lt ge le eq ne sign sgn signbit isnan isinf isfinite",
         add: "add sub rsub",
         larger: "maximum minimum fmax fmin",
@@ -318,36 +275,24 @@ RULES = {
         copy: "copy",
         mask: "tril triu native_dropout",
         masked_fill: "masked_fill",
-        scale: "neg",
-        product: "mul",
-        partial(product, inverse=True): "div",
-        matmul: "mm bmm mv dot",
-        addmm: "addmm addmv baddbmm",
-        grouped_mm: "_grouped_mm",
-        convolution: "convolution",
-        layer_norm: "native_layer_norm",
-        rms_norm: "_fused_rms_norm",
-        channel_norm: "native_group_norm native_batch_norm _native_batch_norm_legit "
-        "_native_batch_norm_legit_no_training _batch_norm_with_update cudnn_batch_norm "
-        "miopen_batch_norm",
-        weight_norm: "_weight_norm_interface",
+        products.product: "mul neg",
+        partial(products.product, inverse=True): "div",
+        products.matmul: "mm bmm mv dot",
+        products.addmm: "addmm addmv baddbmm",
+        products.grouped_mm: "_grouped_mm",
+        products.convolution: "convolution",
+        products.norm: "native_layer_norm _fused_rms_norm native_group_norm native_batch_norm "
+        "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
+        "cudnn_batch_norm miopen_batch_norm",
+        products.weight_norm: "_weight_norm_interface",
         reduce: "sum mean cumsum",
         partial(reduce, linear=False): "amax amin max min argmax argmin cummax cummin",
         partial(reduce, position=1, dims=-1, linear=False): "topk kthvalue",
         partial(reduce, dims=-1, linear=False): "sort argsort",
-        length: "linalg_vector_norm norm",
-        **{
-            partial(pool, dims=n): f"avg_pool{n}d _adaptive_avg_pool{n}d reflection_pad{n}d "
-            f"replication_pad{n}d upsample_nearest{n}d _upsample_nearest_exact{n}d "
-            f"upsample_linear{n}d upsample_bilinear{n}d upsample_bicubic{n}d upsample_trilinear{n}d"
-            for n in (1, 2, 3)
-        },
-        **{
-            partial(pool, dims=n, linear=False): f"max_pool{n}d_with_indices adaptive_max_pool{n}d"
-            for n in (1, 2, 3)
-        },
+        pool: "avg_pool#d _adaptive_avg_pool#d max_pool#d_with_indices adaptive_max_pool#d "
+        "reflection_pad#d replication_pad#d upsample_nearest#d _upsample_nearest_exact#d "
+        "upsample_linear#d upsample_bilinear#d upsample_bicubic#d upsample_trilinear#d",
     }.items()
-    for operation in operations.split()
+    for dimensions in "123"
+    for operation in operations.replace("#", dimensions).split()
 }
-# those of them whose in-place versions change shapes, or do not exist
-MOVES = reshape, move, join, pad, index, index_along, embedding

@@ -32,10 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from .components import edges_of, groups_of, ratios_of
+from .components import groups_of
 from .groups import LINEAR, floating, unwrapped
-from .names import BLANK, Factor, Names, Parameter, View, is_floating, place, thin
-from .rules import MOVES, RULES, blank
+from .integers import place, thin
+from .names import BLANK, Factor, Names, Parameter, View, fixed, is_floating, overwritable
+from .rules import RULES, constant, restride
 
 
 def symmetry_of(model, *inputs, keep=None, **kwargs):
@@ -45,7 +46,8 @@ def symmetry_of(model, *inputs, keep=None, **kwargs):
     differ, without gradients. One or two samples are enough, if they meet all parts of the model:
     a part that does not run, such as an expert that no sample takes, has no group here, and should
     not be one that other samples take. Parameters, buffers, inputs and the random state stay as
-    they are. What a compiled extension reads without an operation of PyTorch is not seen.
+    they are. Operations without a rule, such as vector norms, and those that write to out=, fix
+    what they read. What a compiled extension reads without an operation of PyTorch is not seen.
 
     keep(output) returns those of the outputs that must stay; by default all floating ones. A cache
     of keys and values among the outputs fixes these: then take keep=lambda output: output.logits.
@@ -65,7 +67,7 @@ def symmetry_of(model, *inputs, keep=None, **kwargs):
         raise ValueError("the model has meta tensors: its symmetries are found by running it")
     trace = Trace(parameters)
     trace.watch(model, keep or (lambda output: output), inputs, kwargs)
-    return Symmetry(groups_of(trace, trace.parameters), trace.endings())
+    return Symmetry(groups_of(trace, trace.parameters), trace.ended)
 
 
 class Symmetry(list):
@@ -92,12 +94,10 @@ class Symmetry(list):
 
 def listed(group, sign, most=3):
     """Return the axes of a group that make its units (sign 1), or read them (-1), as text."""
-    texts = []
-    for axis in group.axes:
-        if axis.power * sign > 0:
-            power = f"^{axis.power:g}" if abs(axis.power) != 1 else ""
-            texts.append(f"{axis.name}[{axis.dim}]{power}")
-    return ", ".join(texts[:most] + [f"and {len(texts) - most} more"] * (len(texts) > most))
+    axes = [axis for axis in group.axes if axis.power * sign > 0]
+    powers = [f"^{axis.power:g}" if abs(axis.power) != 1 else "" for axis in axes[:most]]
+    texts = [f"{axis.name}[{axis.dim}]{power}" for axis, power in zip(axes, powers)]
+    return ", ".join(texts + [f"and {len(axes) - most} more"] * (len(axes) > most))
 
 
 class Trace(Names, TorchDispatchMode):
@@ -112,8 +112,8 @@ class Trace(Names, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.states = WeakTensorKeyDictionary()
         self.memory = defaultdict(list)  # for each storage the tensors seen on it
-        self.unwritten = set()  # storages of empty tensors
         self.originals = WeakTensorKeyDictionary()  # values of parameters that were written
+        self.escaped = []  # tensors that stand for what Python and NumPy keep
         self.parameters = []
         for name, value in parameters.items():
             parameter = Parameter(name, len(self.parameters), value.shape)
@@ -122,13 +122,13 @@ class Trace(Names, TorchDispatchMode):
                 if overlap(value, other):  # tied by .data: who moves one moves the other
                     parameter.named_axes = self.states[other].parameter.named_axes = []
             coordinates = [place(value, [d]).expand(value.shape) for d in range(value.dim())]
-            history = torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
-            self.remember(value, View(parameter, coordinates, history))
+            self.remember(value, View(parameter, coordinates, fixed(value).history))
 
     def watch(self, model, keep, inputs, kwargs):
         """Run a model under this mode, and fix keep(its output)."""
         registered = [(d, d.copy()) for m in model.modules() for d in (m._parameters, m._buffers)]
-        tensors = filter(is_strided, tree_leaves((list(model.buffers()), inputs, kwargs)))
+        leaves = tree_leaves((list(model.buffers()), inputs, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided]
         copies = [(t, t.clone()) for t in tensors]
         devices = {p.device for p in model.parameters() if p.is_cuda}
         compiled = "torch._dynamo" in sys.modules
@@ -154,37 +154,19 @@ class Trace(Names, TorchDispatchMode):
         for value in outputs:
             self.fix(self.state(value))
 
-    def endings(self):
-        """Return "operation after module" for what fixed names, in the order of the run."""
-        texts = []
-        for operation, owner in self.ended:
-            module, _, name = self.parameters[owner].name.rpartition(".")
-            operation = operation.removeprefix("_").removeprefix("native_")
-            texts.append(f"{operation} after {module or name}")
-        return list(dict.fromkeys(texts))
-
-    def is_fixed(self, names):
-        """Return whether all that was demanded so far fixes these names."""
-        _, ratios = ratios_of(*edges_of(self.equations), len(self.owner))
-        names = thin(names)
-        return not ratios[names[names != BLANK].abs().cpu().numpy()].any()
-
-    # Tensors and their states
+    # Tensors and their states: of those on one memory either all are known, or all are fixed
 
     def sharing(self, value):
-        """Return the tensors seen so far that share their memory with `value`."""
-        key = storage_key(value)
-        alive = [(ref, t) for ref in self.memory[key] if (t := ref()) is not None]
-        self.memory[key] = [ref for ref, _ in alive]
-        return [t for _, t in alive if t is not value]
+        """Return the other tensors seen so far that share their memory with `value`."""
+        refs = self.memory[value.untyped_storage()._cdata]
+        refs[:] = [ref for ref in refs if ref() is not None]
+        return [t for ref in refs if (t := ref()) is not value]
 
     def state(self, value):
         """Return what is known of a tensor; numbers, integers and None are fixed, []."""
         if not is_floating(value):
             return []
         if value not in self.states:  # an input, a buffer, or .data, which no operation shows
-            for other in self.sharing(value):
-                self.fix(self.states[other])
             self.remember(value, [])
         return self.states[value]
 
@@ -193,34 +175,26 @@ class Trace(Names, TorchDispatchMode):
 
     def remember(self, value, state):
         """Keep the state of a tensor that is new."""
-        key, others = storage_key(value), self.sharing(value)
+        others = self.sharing(value)
+        self.memory[value.untyped_storage()._cdata].append(TensorWeakRef(value))
         self.states[value] = state if others else owned(value, state)
-        self.memory[key].append(TensorWeakRef(value))
-        if not others:
-            self.unwritten.discard(key)  # of memory that was here before
-        if not others and "empty" in self.operation:
-            self.unwritten.add(key)
+        if others and not state:
+            self.unknown(value)
 
     def overwrite(self, value, new):
         """Change a tensor's state in place; those that share its memory follow, or are fixed."""
-        others = self.sharing(value)
-        if not self.state(value) and any(self.states[other] for other in others):
-            self.unknown(value)
         old = self.state(value)
         if isinstance(old, View):
             self.fix(old)
-        if not others:
+        if not self.sharing(value):
             self.states[value] = owned(value, new)
             return
-        if not all(self.states[other] for other in others):
-            self.fix(new)
-        zero = torch.zeros((), dtype=torch.int64, device=value.device).expand(value.shape)
-        pairs = zip_longest(self.named(old), self.named(new), fillvalue=Factor(zero, zero))
-        for f, g in pairs:
+        for f, g in zip_longest(self.named(old), self.named(new), fillvalue=fixed(value)):
             self.mark_each_entry([f])
-            names = self.tie(f.names, g.names)
-            if has_blank(f):
-                f.history.copy_(torch.where(f.names == BLANK, g.history, f.history))
+            before = overwritable(thin(f.names))
+            names = self.tie(before, g.names)
+            if (before == BLANK).any():
+                f.history.copy_(torch.where(before == BLANK, g.history, f.history))
                 f.names.copy_(names)
 
     def unknown(self, value):
@@ -229,11 +203,6 @@ class Trace(Names, TorchDispatchMode):
             self.fix(self.state(t))
             self.states[t] = []
 
-    def is_unwritten(self, value):
-        """Return whether no operation wrote to some of the memory of an empty tensor."""
-        is_empty = storage_key(value) in self.unwritten
-        return is_empty and any(map(has_blank, self.factors(value)))
-
     def preserve(self, written):
         """Copy the parameters that lie where an operation is going to write."""
         for value in filter(is_floating, written):
@@ -241,48 +210,41 @@ class Trace(Names, TorchDispatchMode):
                 if isinstance(t, torch.nn.Parameter) and t not in self.originals:
                     self.originals[t] = t.clone()
 
-    def write(self, value, rule, new):
-        """Change a tensor's state in place, to what a rule says."""
-        if rule is None:
-            self.unknown(value)
-            return
-        self.overwrite(value, new)
-        if rule is blank and value.nbytes == value.untyped_storage().nbytes():
-            self.unwritten.discard(storage_key(value))
+    def rule_for(self, function, out, written):
+        """Return the rule for an operation that has just run, or None."""
+        operation = function._schema.name.split("::")[1]
+        self.operation = operation.rstrip("_")
+        self.function, self.step, self.known = function, self.step + 1, len(self.owner)
+        rule, is_in_place = RULES.get(self.operation), operation.endswith("_")
+        if torch.Tag.inplace_view in function.tags and rule is not restride:
+            return None  # it changes shapes
+        if (written and not is_in_place) or any(map(is_foreign, tree_leaves(out))):
+            return None
+        return rule
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, schema = kwargs or {}, function._schema
+        kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():  # then operations made of others come as one
             with self:
                 out = function.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        written = written_by(schema, args, kwargs)
+        written = written_by(function._schema, args, kwargs)
         self.preserve(written)
-        self.stride = args[0].stride() if args and is_floating(args[0]) else ()
+        self.layout = (args[0].shape, args[0].stride()) if args and is_floating(args[0]) else None
         out = function(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if is_floating(t)]
-        for t in tensors:
-            if not function.is_view and not any(t is w for w in written) and self.is_unwritten(t):
-                self.unknown(t)
-        states = [self.state(t) for t in tensors]
-        in_place = is_floating(out) and any(out is t for t in written) and out is args[0]
-
-        operation = schema.name.split("::")[1]
-        self.operation = operation.rstrip("_") if in_place else operation
-        self.function, self.step, self.known = function, self.step + 1, len(self.owner)
-        rule, new = RULES.get(self.operation), []
-        if written and (not in_place or rule in MOVES) or any(map(is_foreign, as_list(out))):
-            rule = None
-        if any(states) or rule is blank:
+        states, new = [self.state(t) for t in tensors], []
+        rule = self.rule_for(function, out, written)
+        if any(states) or rule is constant:
             new = rule(self, out, *args, **kwargs) if rule else None
             if new is None:
                 for state in states:
                     self.fix(state)
         new = new if isinstance(new, tuple) else (new or [],)
         for value in filter(is_floating, written):
-            self.write(value, rule, new[0])
-        for value, state in zip_longest(as_list(out), new, fillvalue=[]):
+            self.overwrite(value, new[0]) if rule else self.unknown(value)
+        for value, state in zip_longest(tree_leaves(out), new, fillvalue=[]):
             if is_floating(value) and not any(value is t for t in tensors):
                 self.remember(value, state)
         return out
@@ -291,23 +253,16 @@ class Trace(Names, TorchDispatchMode):
 def written_by(schema, args, kwargs):
     """Return the tensors that an operation writes, alone or in a list."""
     arguments = dict(zip([about.name for about in schema.arguments], args)) | kwargs
-    writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    leaves = tree_leaves([arguments.get(name) for name in writes])
-    return [t for t in leaves if isinstance(t, Tensor)]
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [t for t in tree_leaves([arguments.get(a) for a in written]) if isinstance(t, Tensor)]
 
 
-WAYS_OUT = (
-    Tensor.numpy,
-    Tensor.tolist,
-    Tensor.__array__,
-    Tensor.__dlpack__,
-    Tensor.data_ptr,
-    Tensor.untyped_storage,
-)
+WAYS_OUT = Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__
+WAYS_OUT += Tensor.data_ptr, Tensor.untyped_storage
 
 
 class Escapes(TorchFunctionMode):
-    """Sees the ways out of torch: what Python or NumPy get, and may write, is fixed."""
+    """Sees the ways out of torch: what Python or NumPy get, and may write, is fixed for good."""
 
     def __init__(self, trace):
         super().__init__()
@@ -318,15 +273,9 @@ class Escapes(TorchFunctionMode):
             self.trace.operation = function.__name__
             with _disable_current_modes():  # or else it watches what becomes of names, too
                 self.trace.unknown(args[0])
+                self.trace.escaped.append(args[0].detach())
+                self.trace.remember(self.trace.escaped[-1], [])
         return function(*args, **(kwargs or {}))
-
-
-def storage_key(value):
-    return value.untyped_storage()._cdata
-
-
-def is_strided(x):
-    return isinstance(x, Tensor) and x.layout == torch.strided
 
 
 def is_foreign(x):
@@ -340,20 +289,14 @@ def overlap(a, b):
     return start < other + b.nbytes and other < start + a.nbytes
 
 
-def as_list(out):
-    return out if isinstance(out, list | tuple) else [out]
-
-
-def has_blank(f):
-    return bool((thin(f.names) == BLANK).any())
-
-
 def owned(value, state):
     """Return a state with blank names in a memory of their own that lie there as the values do.
 
     So what is written into the values through a view can be written into the names, too.
     """
-    if isinstance(state, View) or not any(map(has_blank, state)):
+    if isinstance(state, View) or not any(
+        (overwritable(thin(f.names)) == BLANK).any() for f in state
+    ):
         return state
     return [
         Factor(*(torch.empty_like(value, dtype=torch.int64).copy_(t) for t in f)) for f in state

@@ -11,7 +11,7 @@ LARGEST = 16
 
 
 def halves(x):
-    return x.unflatten(-1, (2, -1))
+    return x.unflatten(-1, (2, -1)) if x.shape[-1] % 2 == 0 else x[..., None, :]
 
 
 def written(x, y):
@@ -35,7 +35,7 @@ def through_a_view(x, y):
 
 
 def by_heads(x, y):
-    q, k = (halves(t).movedim(-2, 1) if t.shape[-1] % 2 == 0 else t[:, None] for t in (x, y))
+    q, k = (halves(t).movedim(-2, 1) for t in (x, y))
     return (q @ k.mT).movedim(1, -2).flatten(2)
 
 
@@ -47,7 +47,7 @@ LINEAR_IN_X = {
     "one after the other": lambda x, y: torch.cat([x, y], 1),
     "transpose": lambda x, y: x.mT,
     "reshape": lambda x, y: x.reshape(len(x), -1, x.shape[1]),
-    "halves": lambda x, y: halves(x).flatten(1, 2) if x.shape[-1] % 2 == 0 else x,
+    "halves": lambda x, y: halves(x).flatten(1, 2),
     "roll": lambda x, y: x.roll(1, -1),
     "roll of all": lambda x, y: x.flatten(1).roll(3, -1).view_as(x),
     "flip": lambda x, y: x.flip(-1),
@@ -55,9 +55,10 @@ LINEAR_IN_X = {
     "product": lambda x, y: x @ y.mT,
     "product of columns": lambda x, y: x.mT @ y,
     "heads": by_heads,
+    "sum beside difference": lambda x, y: torch.cat([(x + y)[..., :1], (x - y)[..., 1:]], -1),
     "mean": lambda x, y: x.mean(1, keepdim=True) + y,
     "cumulative sum": lambda x, y: x.cumsum(1),
-    "sum of halves": lambda x, y: halves(x).sum(-2) if x.shape[-1] % 2 == 0 else x,
+    "sum of halves": lambda x, y: halves(x).sum(-2),
     "repeat": lambda x, y: x.repeat(1, 1, 2),
     "repeat each": lambda x, y: x.repeat_interleave(2, -1),
     "padding": lambda x, y: F.pad(x, (1, 1)),
@@ -78,14 +79,31 @@ NOT_LINEAR = {
     "gate": lambda x, y: x * y.sigmoid(),
     "softmax": lambda x, y: x.softmax(-1),
     "maximum": lambda x, y: torch.maximum(x, y),
-    "maximum of halves": lambda x, y: halves(x).amax(-2) if x.shape[-1] % 2 == 0 else x,
+    "maximum of halves": lambda x, y: halves(x).amax(-2),
     "norm": lambda x, y: F.layer_norm(x, x.shape[-1:]),
     "where": lambda x, y: torch.where(x > 0, x, y),
     "mask": lambda x, y: x.masked_fill(y > 0, 0.0),
     "through a view": through_a_view,
     "data": lambda x, y: x.data * 2,
 }
-WITH_PARAMETERS = "linear", "bias", "bias of all", "scale", "einsum", "low rank", "convolution"
+WITH_PARAMETERS = {  # of x, and of parameters of these shapes, with x: [n, t, d] and any o
+    "linear": (F.linear, lambda t, d, o: [(o, d), (o,)]),
+    "bias": (torch.add, lambda t, d, o: [(d,)]),
+    "bias of all": (torch.add, lambda t, d, o: [(t, d)]),
+    "scale": (torch.mul, lambda t, d, o: [(d,)]),
+    "einsum": (
+        lambda x, w: torch.einsum("ntd,dho->ntho", x, w).flatten(2),
+        lambda t, d, o: [(d, 2, o // 2)],
+    ),
+    "low rank": (
+        lambda x, w, B, A: F.linear(x, w + B @ A),
+        lambda t, d, o: [(o, d), (o, 2), (2, d)],
+    ),
+    "convolution": (
+        lambda x, w: F.conv1d(x.mT, w, groups=x.shape[-1] // w.shape[1]).mT,
+        lambda t, d, o: [(2 * d, d // 2 if d % 2 == 0 else d, 1)],
+    ),
+}
 
 
 class RandomModule(nn.Module):
@@ -101,13 +119,12 @@ class RandomModule(nn.Module):
         operations = list(LINEAR_IN_X) + ([] if linear else [*NOT_LINEAR, "relu", "relu"])
         self.operations, self.steps, shapes = LINEAR_IN_X | NOT_LINEAR, [], [torch.Size([1, 4, 6])]
         for _ in range(self.rng.randrange(3, 14)):
-            kinds = operations if self.rng.random() < 0.6 else WITH_PARAMETERS
-            kind, i = (
-                self.rng.choice(kinds),
-                self.rng.randrange(max(0, len(shapes) - 4), len(shapes)),
-            )
+            kind = self.rng.choice(operations if self.rng.random() < 0.6 else [*WITH_PARAMETERS])
+            i = self.rng.randrange(max(0, len(shapes) - 4), len(shapes))
             j = self.rng.choice([k for k, shape in enumerate(shapes) if shape == shapes[i]])
-            step = kind, i, j, self.parameters_of(kind, *shapes[i][1:])
+            _, wanted = WITH_PARAMETERS.get(kind, (None, lambda t, d, o: []))
+            wanted = wanted(*shapes[i][1:], self.rng.choice(SIZES))
+            step = kind, i, j, [self.parameter(*shape) for shape in wanted]
             shape = self.result(step, [torch.zeros(shape) for shape in shapes]).shape
             if max(shape) <= LARGEST:
                 self.steps.append(step)
@@ -124,35 +141,11 @@ class RandomModule(nn.Module):
         self.weights.append(nn.Parameter(weight / shape[-1] ** 0.5))
         return len(self.weights) - 1
 
-    def parameters_of(self, kind, t, d):
-        o = self.rng.choice(SIZES)
-        shapes = {
-            "linear": [(o, d), (o,)],
-            "bias": [(d,)],
-            "bias of all": [(t, d)],
-            "scale": [(d,)],
-            "einsum": [(d, 2, o // 2)],
-            "low rank": [(o, d), (o, 2), (2, d)],
-            "convolution": [(2 * d, d // 2 if d % 2 == 0 else d, 1)],
-        }
-        return [self.parameter(*shape) for shape in shapes.get(kind, [])]
-
     def result(self, step, xs):
         kind, i, j, parameters = step
-        x, y, w = xs[i], xs[j], [self.weights[k].to(xs[i]) for k in parameters]
-        if not parameters:
-            return self.operations[kind](x, y)
-        if kind == "linear":
-            return F.linear(x, *w)
-        if kind == "scale":
-            return x * w[0]
-        if kind == "einsum":
-            return torch.einsum("ntd,dho->ntho", x, w[0]).flatten(2)
-        if kind == "low rank":
-            return F.linear(x, w[0] + w[1] @ w[2])
-        if kind == "convolution":
-            return F.conv1d(x.mT, w[0], groups=x.shape[-1] // w[0].shape[1]).mT
-        return x + w[0]
+        if kind in WITH_PARAMETERS:
+            return WITH_PARAMETERS[kind][0](xs[i], *(self.weights[k].to(xs[i]) for k in parameters))
+        return self.operations[kind](xs[i], xs[j])
 
     def forward(self, x):
         xs = [x]

@@ -7,6 +7,19 @@ from torch import nn
 from parameter_symmetries.groups import LINEAR, RESCALING, Axis, Group
 
 
+class Functional(nn.Module):
+    """A module of layers, with a function of itself and the input as its forward pass."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.function = function
+
+    def forward(self, *inputs, **options):
+        return self.function(self, *inputs, **options)
+
+
 def units(size, made, read):
     """Return the group that rescales units; made, read: [(name, axis)] or [(name, axis, power)]."""
     axes = [Axis(*axis) for axis in made]
@@ -45,58 +58,45 @@ def cnn():
     return model, symmetry
 
 
-class SquaredReLU(nn.Module):
-    def forward(self, x):
-        return F.relu(x) ** 2
-
-
 def squared():
-    model = nn.Sequential(nn.Linear(12, 8), SquaredReLU(), nn.Linear(8, 5))
+    activation = Functional(lambda _, x: F.relu(x) ** 2)
+    model = nn.Sequential(nn.Linear(12, 8), activation, nn.Linear(8, 5))
     return model, [units(8, [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1, -2)])]
 
 
-class LowRank(nn.Module):
-    """A frozen linear layer with a low-rank update (LoRA), and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.frozen, self.head = nn.Linear(12, 8).requires_grad_(False), nn.Linear(8, 5)
-        self.A, self.B = nn.Parameter(torch.randn(3, 12)), nn.Parameter(torch.randn(8, 3) / 4)
-
-    def forward(self, x):
-        return self.head((self.frozen(x) + x @ self.A.mT @ self.B.mT).tanh())
-
-
 def lora():
-    return LowRank(), [Group(LINEAR, 1, 3, [Axis("A", 0), Axis("B", 1, -1)])]
+    """A frozen linear layer with a low-rank update, and a head."""
+    layers = {"frozen": nn.Linear(12, 8).requires_grad_(False), "head": nn.Linear(8, 5)}
+    layers |= {"A": nn.Parameter(torch.randn(3, 12)), "B": nn.Parameter(torch.randn(8, 3) / 4)}
+
+    def forward(m, x):
+        return m.head((m.frozen(x) + x @ m.A.mT @ m.B.mT).tanh())
+
+    symmetry = [Group(LINEAR, 1, 3, [Axis("A", 0), Axis("B", 1, -1)])]
+    return Functional(forward, **layers), symmetry
 
 
-class GroupedQueries(nn.Module):
+def grouped_queries(width=8, heads=4, shared=2, d=3):
     """Four heads of queries on two of keys and values, with weights of three axes."""
+    layers = {"norm": nn.LayerNorm(width), "q": nn.Parameter(torch.randn(width, heads, d) / 3)}
+    layers["kv"] = nn.Linear(width, 2 * shared * d)
+    layers["out"] = nn.Parameter(torch.randn(heads, d, width) / 3)
+    layers["head"] = nn.Linear(width, 5)
 
-    def __init__(self, width=8, heads=4, shared=2, d=3):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.q = nn.Parameter(torch.randn(width, heads, d) / 3)
-        self.kv = nn.Linear(width, 2 * shared * d)
-        self.out = nn.Parameter(torch.randn(heads, d, width) / 3)
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, x):
-        y = self.norm(x)
-        q = torch.einsum("bnc,chd->bhnd", y, self.q)
-        k, v = self.kv(y).unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(2, 2)
+    def forward(m, x):
+        y = m.norm(x)
+        q = torch.einsum("bnc,chd->bhnd", y, m.q)
+        k, v = m.kv(y).unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(2, 2)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.head((x + torch.einsum("bhnd,hdc->bnc", y, self.out)).mean(1))
+        return m.head((x + torch.einsum("bhnd,hdc->bnc", y, m.out)).mean(1))
 
-
-def grouped_queries():
     k, v = torch.arange(12).view(2, 2, 3)
     keys = [Axis("q", (1, 2)), Axis("kv.weight", 0, -1, k), Axis("kv.bias", 0, -1, k)]
     values = [Axis("kv.weight", 0, 1, v), Axis("kv.bias", 0, 1, v)]
     values.append(Axis("out", (0, 1), -1, None, torch.tensor([0, 0, 1, 1])))
     gains = units(8, [("norm.weight", 0), ("norm.bias", 0)], [("q", 0), ("kv.weight", 1)])
-    return GroupedQueries(), [gains, Group(LINEAR, 2, 3, keys), Group(LINEAR, 2, 3, values)]
+    heads = [Group(LINEAR, 2, 3, keys), Group(LINEAR, 2, 3, values)]
+    return Functional(forward, **layers), [gains, *heads]
 
 
 class Block(nn.Module):

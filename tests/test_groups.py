@@ -1,6 +1,6 @@
 """Groups as data: how elements act, what is refused, and whether outputs stay."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from parameter_symmetries.groups import (
     outputs,
     random_elements,
 )
-from symmetric_models import MODELS, case, units
+from symmetric_models import MODELS, Functional, case, units
 
 
 def seeded(seed=0):
@@ -122,33 +122,33 @@ def test_the_action_is_differentiable_and_keeps_the_type_of_parameters():
 
 V, U = [Axis("0.weight", 0), Axis("0.bias", 0)], [Axis("2.weight", 1, -1)]
 NINE = torch.arange(9)
+
+
+def nine(*axes):
+    return Group(RESCALING, 9, 1, [*axes, *U])
+
+
 WRONG = {  # a symmetry of the MLP 12-9-7-5, and what its error says
     "has no groups": [],
     "is 'orthogonal' of size 1": [Group("orthogonal", 9, 1, V + U)],
     "is 'rescaling' of size 9": [Group(RESCALING, 1, 9, V + U)],
-    "named twice, by groups 0 and 0": [Group(RESCALING, 9, 1, V + U + [Axis("0.weight", -2)])],
-    "named twice, by groups 0 and 1": [Group(LINEAR, 1, 9, V + U), Group(RESCALING, 9, 1, V + U)],
+    "named twice, by groups 0 and 0": [nine(*V, Axis("0.weight", -2))],
+    "named twice, by groups 0 and 1": [Group(LINEAR, 1, 9, V + U), nine(*V)],
     "of 0.weight .* is named twice": [
-        Group(RESCALING, 9, 1, V + U),
+        nine(*V),
         Group(LINEAR, 12, 9, [Axis("0.weight", (0, 1)), *U]),
     ],
-    "which is no parameter, or shared": [Group(RESCALING, 9, 1, [Axis("3.weight", 0), *U])],
-    "there is no such axis": [Group(RESCALING, 9, 1, [Axis("0.weight", 2), *U])],
+    "which is no parameter, or shared": [nine(Axis("3.weight", 0))],
+    "there is no such axis": [nine(Axis("0.weight", 2))],
     "9 entries for 7 × 1 units": [Group(RESCALING, 7, 1, V + U)],
     "9 entries for 1 × 2 units": [Group(LINEAR, 1, 2, V + U)],
     "needs axes that make its units and": [Group(RESCALING, 9, 1, V)],
     "its power is -2": [Group(LINEAR, 1, 9, [*V, Axis("2.weight", 1, -2)])],
-    "entries that repeat": [
-        Group(RESCALING, 9, 1, [*U, Axis("0.weight", 0, 1, 0 * NINE[:, None])])
-    ],
-    "or that the axis lacks": [
-        Group(RESCALING, 9, 1, [*U, Axis("0.weight", 0, 1, 1 + NINE[:, None])])
-    ],
-    r"the index is \[9\]": [Group(RESCALING, 9, 1, [*U, Axis("0.weight", 0, 1, NINE)])],
-    "member must name one of 9": [
-        Group(RESCALING, 9, 1, [*U, Axis("0.weight", 0, 1, None, 1 + NINE)])
-    ],
-    "for each of 9 rows": [Group(RESCALING, 9, 1, [*U, Axis("0.weight", 0, 1, None, NINE[1:])])],
+    "entries that repeat": [nine(Axis("0.weight", 0, 1, 0 * NINE[:, None]))],
+    "or that the axis lacks": [nine(Axis("0.weight", 0, 1, 1 + NINE[:, None]))],
+    r"the index is \[9\]": [nine(Axis("0.weight", 0, 1, NINE))],
+    "member must name one of 9": [nine(Axis("0.weight", 0, 1, None, 1 + NINE))],
+    "for each of 9 rows": [nine(Axis("0.weight", 0, 1, None, NINE[1:]))],
 }
 
 
@@ -172,32 +172,35 @@ def test_a_group_may_mix_rows_whose_other_axis_another_rescales():
     assert check_symmetry(model, symmetry, torch.randn(5, 3, 7)) < 1e-12
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_true_symmetries_pass_in_every_precision_and_the_model_stays(name, training):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        model, symmetry, x, _ = case(name, dtype, training)
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        random_state = torch.get_rng_state()
-        assert check_symmetry(model, symmetry, x) < 1e-12
-        assert torch.equal(torch.get_rng_state(), random_state)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert all(p.grad is None for p in model.parameters())
+def test_true_symmetries_pass_in_every_precision_and_the_model_stays(name, dtype):
+    model, symmetry, x, _ = case(name, dtype)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert check_symmetry(model, symmetry, x) < 1e-12
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
-def two_layers(activation):
-    model = nn.Sequential(nn.Linear(12, 9), activation, nn.Linear(9, 5))
-    return model, [units(9, [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])]
+def two_layers(forward, activation=F.relu, **more):
+    """Return a module of layers a and b, with forward(m, hidden, …), and its units."""
+    layers = {"a": nn.Linear(12, 9), "b": nn.Linear(9, 5), **more}
+    model = Functional(lambda m, x, **kw: forward(m, activation(m.a(x)), **kw), **layers)
+    return model, [units(9, [("a.weight", 0), ("a.bias", 0)], [("b.weight", 1)])]
+
+
+X = torch.randn(20, 12, generator=seeded())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_is_no_symmetry_is_named_with_its_change(dtype):
-    for activation in (nn.Sigmoid(), nn.GELU()):
-        model, symmetry = two_layers(activation)
-        with pytest.raises(
-            ValueError, match=r"group 0 \(0.weight, 0.bias, 2.weight\) is no .* \de"
-        ):
-            check_symmetry(model.to(dtype), symmetry, torch.randn(20, 12, dtype=dtype))
+    for activation in (torch.sigmoid, F.gelu):
+        model, symmetry = two_layers(lambda m, h: m.b(h), activation)
+        message = r"group 0 \(a.weight, a.bias, b.weight\) is no .* \de"
+        with pytest.raises(ValueError, match=message):
+            check_symmetry(model.to(dtype), symmetry, X.to(dtype))
     model, (first, second), x, _ = case("mlp", dtype)
     wrong = second._replace(axes=[axis for axis in second.axes if axis.name != "2.bias"])
     with pytest.raises(ValueError, match=r"group 1 \(2.weight, 5.weight\) is no symmetry"):
@@ -206,159 +209,88 @@ def test_what_is_no_symmetry_is_named_with_its_change(dtype):
         check_symmetry(model, [Group(LINEAR, 1, 9, first.axes)], x)
 
 
-class InSinglePrecision(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x).float() if x.dtype == torch.float64 else self.inner(x)
+def in_single_precision(m, h):
+    return m.b(h).float()
 
 
-class WithoutDouble(InSinglePrecision):
-    def forward(self, x):
-        if x.dtype == torch.float64:
-            raise NotImplementedError('"experts" not implemented for "Double"')
-        return self.inner(x)
+def without_double(m, h):
+    if h.dtype == torch.float64:
+        raise NotImplementedError('"experts" not implemented for "Double"')
+    return m.b(h)
 
 
-@pytest.mark.parametrize("kind", [InSinglePrecision, WithoutDouble])
-def test_a_model_that_leaves_double_precision_gets_the_bound_of_its_own(kind):
-    x = torch.randn(20, 12)
-    right, symmetry = two_layers(nn.ReLU())
-    wrong, _ = two_layers(nn.Sigmoid())
-    prefixed = [
-        g._replace(axes=[axis._replace(name="inner." + axis.name) for axis in g.axes])
-        for g in symmetry
-    ]
-    assert check_symmetry(kind(right), prefixed, x) < 1e-5
+@pytest.mark.parametrize("forward", [in_single_precision, without_double])
+def test_a_model_that_leaves_double_precision_gets_the_bound_of_its_own(forward):
+    model, symmetry = two_layers(forward)
+    assert check_symmetry(model, symmetry, X) < 1e-5
+    model, symmetry = two_layers(forward, torch.sigmoid)
     with pytest.raises(ValueError, match="where rounding may by 7e-05"):
-        check_symmetry(kind(wrong), prefixed, x)
-
-
-class Dictionary(nn.Module):
-    """Takes a dictionary and a keyword, and returns hidden units, too; one output is infinite."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, _ = two_layers(nn.ReLU())
-
-    def forward(self, batch, *, shift):
-        h = self.inner[:2](batch["x"])
-        logits = self.inner[2](h) + shift
-        return {"logits": logits.masked_fill(batch["ids"] == 0, -torch.inf), "hidden": [h]}
+        check_symmetry(model, symmetry, X)
 
 
 def test_outputs_may_be_nested_and_keep_names_those_that_should_stay():
-    model, (_, symmetry) = Dictionary(), two_layers(nn.ReLU())
-    symmetry = [
-        g._replace(axes=[axis._replace(name="inner." + axis.name) for axis in g.axes])
-        for g in symmetry
-    ]
-    batch = {"x": torch.randn(6, 12), "ids": torch.tensor([0, 1, 2, 3, 4, 5])[:, None]}
+    def forward(m, h, shift):  # takes a keyword; returns hidden units, too, and what is infinite
+        return {"logits": (m.b(h) + shift).masked_fill(X[:, :1] > 0, -torch.inf), "hidden": [h]}
+
+    model, symmetry = two_layers(forward)
+    batch = {"x": X}
+    model.function = lambda m, batch, shift, f=model.function: f(m, batch["x"], shift=shift)
     with pytest.raises(ValueError, match="is no symmetry"):
         check_symmetry(model, symmetry, batch, shift=torch.ones(5))
-    changed = check_symmetry(
-        model, symmetry, batch, shift=torch.ones(5), keep=lambda out: out["logits"]
-    )
-    assert changed < 1e-12
+    options = {"shift": torch.ones(5), "keep": lambda out: out["logits"]}
+    assert check_symmetry(model, symmetry, batch, **options) < 1e-12
     with pytest.raises(ValueError, match="no floating outputs"):
         check_symmetry(model, symmetry, batch, shift=torch.ones(5), keep=lambda out: None)
 
 
-class InPlace(nn.Module):
-    """Writes to its input, its weights and its buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, _ = two_layers(nn.ReLU())
-        self.register_buffer("shift", torch.zeros(5))
-
-    def forward(self, x):
-        with torch.no_grad():
-            self.inner[2].bias.add_(1)
-            self.shift.add_(1)
-        return self.inner(x.mul_(2)) + self.shift
-
-
 def test_what_a_model_writes_to_in_place_stays():
-    model, x = InPlace().double(), torch.randn(6, 12, dtype=torch.float64)
-    _, [group] = two_layers(nn.ReLU())
-    axes = [axis._replace(name="inner." + axis.name) for axis in group.axes]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}, x.clone()
-    assert check_symmetry(model, [group._replace(axes=axes)], x) < 1e-12
-    torch.testing.assert_close((dict(model.state_dict()), x), before, rtol=0, atol=0)
+    def forward(m, x):
+        with torch.no_grad():
+            m.b.bias.add_(1)
+            m.shift.add_(1)
+        return m.b(F.relu(m.a(x.mul_(2)))) + m.shift
 
-
-class Returning(nn.Module):
-    """Returns what a function makes of the hidden units and the output."""
-
-    def __init__(self, wrap):
-        super().__init__()
-        self.inner, self.wrap = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), wrap
-
-    def forward(self, x):
-        h = self.inner[:2](x)
-        return self.wrap(h, self.inner[2](h))
-
-
-@dataclass
-class Out:
-    logits: torch.Tensor
-    hidden: torch.Tensor
-
-
-class Cache:
-    def __init__(self, keys):
-        self.layers = [Out(keys, keys)]
-
-
-UNITS = [
-    units(4, [("inner.0.weight", 0), ("inner.0.bias", 0)], [("inner.2.weight", 1)]),
-]
+    model, symmetry = two_layers(None)
+    model.function = forward
+    model.register_buffer("shift", torch.zeros(5))
+    x = X.clone()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert check_symmetry(model, symmetry, x) < 1e-12
+    torch.testing.assert_close((dict(model.state_dict()), x), (before, X), rtol=0, atol=0)
 
 
 def test_tensors_in_objects_are_not_overlooked():
-    x = torch.randn(5, 3)
-    model = Returning(lambda h, y: (y, Out(y, h)))
-    with pytest.raises(ValueError, match="cannot see into Out: .* keep="):
-        check_symmetry(model, UNITS, x)
-    assert check_symmetry(model, UNITS, x, keep=lambda out: out[1].logits) < 1e-12
-    others = Returning(lambda h, y: {"y": y, "cache": Cache(h), "n": 3, "s": "s", "no": None})
-    assert check_symmetry(others, UNITS, x) < 1e-12
+    model, symmetry = two_layers(lambda m, h: (m.b(h), SimpleNamespace(logits=m.b(h), hidden=h)))
+    with pytest.raises(ValueError, match="cannot see into SimpleNamespace: .* keep="):
+        check_symmetry(model, symmetry, X)
+    assert check_symmetry(model, symmetry, X, keep=lambda out: out[1].logits) < 1e-12
+
+    def with_a_cache(m, h):  # whose layers are objects in turn
+        cache = SimpleNamespace(layers=[SimpleNamespace(keys=h)])
+        return {"y": m.b(h), "cache": cache, "n": 3, "s": "s", "no": None}
+
+    model, symmetry = two_layers(with_a_cache)
+    assert check_symmetry(model, symmetry, X) < 1e-12
 
 
 def test_outputs_that_have_nan_are_not_blamed_on_a_group():
-    model = Returning(lambda h, y: y / 0 * 0)
+    model, symmetry = two_layers(lambda m, h: m.b(h) / 0 * 0)
     with pytest.raises(ValueError, match="the outputs have nan"):
-        check_symmetry(model, UNITS, torch.randn(5, 3))
-
-
-class Pair(nn.Module):
-    """Its output changes where both a and b differ from 1."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = (nn.Parameter(torch.ones(1)) for _ in range(3))
-
-    def forward(self, x):
-        return x * (1 + (self.a - 1) * (self.b - 1)) + 0 * self.c
+        check_symmetry(model, symmetry, X)
 
 
 def test_groups_that_are_symmetries_alone_but_not_together_are_told_apart():
+    ones = {name: nn.Parameter(torch.ones(1)) for name in "abc"}
+    model = Functional(lambda m, x: x * (1 + (m.a - 1) * (m.b - 1)) + 0 * m.c, **ones)
     symmetry = [units(1, [(name, 0)], [("c", 0)]) for name in "ab"]
     with pytest.raises(ValueError, match="but together they change"):
-        check_symmetry(Pair(), symmetry, torch.randn(5))
+        check_symmetry(model, symmetry, X)
 
 
-def test_wrapped_models_are_their_modules():
+def test_wrapped_models_are_their_modules_and_a_layer_of_zeros_is_no_obstacle():
     model, symmetry, x, _ = case("mlp")
     check_symmetry(nn.DataParallel(model), symmetry, x)
     check_symmetry(torch.compile(model), symmetry, x)
-
-
-def test_a_layer_that_is_zero_leaves_nothing_to_compare_with():
-    model, symmetry, x, _ = case("mlp")
     nn.init.zeros_(model[-1].weight), nn.init.zeros_(model[-1].bias)
     assert check_symmetry(model, symmetry, x) == 0
 

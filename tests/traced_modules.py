@@ -1,11 +1,15 @@
 """Modules as people write them, each with the symmetries that theory gives."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+
+from parameter_symmetries import LINEAR
+from symmetric_models import GPT, MODELS, Functional, case
 
 
 class Case(NamedTuple):
@@ -20,20 +24,88 @@ class Case(NamedTuple):
     inputs: tuple
     others: tuple
     units: int
-    blocks: dict
+    blocks: dict = {}  # noqa: RUF012
 
 
-class Functional(nn.Module):
-    """A module of layers, with a function of itself and the input as its forward pass."""
+def units_of(symmetry):
+    return sum(group.count * group.size for group in symmetry)
 
-    def __init__(self, function, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.function = function
 
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
+def blocks_of(symmetry):
+    blocks = Counter()
+    for group in symmetry:
+        blocks[group.size] += group.count * (group.kind == LINEAR)
+    return +blocks
+
+
+def linear(*sizes):
+    return {f"l{k}": nn.Linear(i, o) for k, (i, o) in enumerate(zip(sizes, sizes[1:]))}
+
+
+def two_layers(between, i=8, hidden=12, o=4):
+    """Return a module of two linear layers with a function of the hidden units between them."""
+    return Functional(lambda m, x: m.l1(between(m.l0(x))), **linear(i, hidden, o))
+
+
+def on_rows(name, module, *found, d=8):
+    """Return the case of a module whose inputs are rows of d numbers."""
+    return Case(name, module, (torch.randn(5, d),), (torch.randn(9, d),), *found)
+
+
+def on_images(name, module, *found):
+    """Return the case of a module whose inputs are images; others are larger."""
+    return Case(name, module, (torch.rand(4, 3, 16, 16),), (torch.rand(6, 3, 20, 20),), *found)
+
+
+def on_sequences(name, module, d, *found):
+    """Return the case of a module whose inputs are sequences; others are longer."""
+    return Case(name, module, (torch.randn(2, 6, d),), (torch.randn(3, 9, d),), *found)
+
+
+def on_tokens(name, module, *found):
+    inputs, others = (torch.randint(50, (2, 6)),), (torch.randint(50, (3, 11)),)
+    return Case(name, module, inputs, others, *found)
+
+
+def all_cases():
+    torch.manual_seed(0)
+    makers = by_hand, feed_forward, convolutional, transformers, low_rank, others
+    return [example for maker in makers for example in maker()]
+
+
+def by_hand():
+    for name in MODELS:
+        model, symmetry, x, _ = case(name, torch.float32, training=False)
+        yield Case(name, model, (x[:4],), (x[4:],), units_of(symmetry), blocks_of(symmetry))
+
+
+def feed_forward():
+    yield on_rows("clamp(min=0)", two_layers(lambda x: x.clamp(min=0)), 12)
+    maxout = {"l0": nn.Linear(8, 24), "l1": nn.Linear(12, 4)}
+    maxout = Functional(lambda m, x: m.l1(m.l0(x).view(-1, 12, 2).amax(-1)), **maxout)
+    yield on_rows("maxout", maxout, 12)
+    glu = {"l0": nn.Linear(8, 24), "l1": nn.Linear(12, 4)}
+    yield on_rows("GLU", Functional(lambda m, x: m.l1(F.glu(m.l0(x))), **glu), 12)
+    yield on_rows("sigmoid", two_layers(torch.sigmoid), 0)
+    layers = linear(8, 16, 4) | {"scale": nn.Parameter(torch.rand(16))}
+    layers["few"] = nn.Parameter(torch.rand(4))  # is fixed: it would leave 4 scales for 16 units
+
+    def scaled(m, x):
+        y = F.relu(m.l0(x) * m.scale).unflatten(-1, (4, 4)) * m.few
+        return m.l1(y.flatten(-2))
+
+    name = "LayerScale: before and behind it"
+    yield on_rows(name, Functional(scaled, **layers), 16 + 16)
+    beside = Functional(lambda m, x: (m.l0(x), m.l1(x)), l0=nn.Linear(8, 12), l1=nn.Linear(8, 12))
+
+    def squares(m, x):
+        a, b = m.units(x)
+        return m.l2(b) + m.l2(F.relu(a).square())
+
+    yield on_rows("units and squares", Functional(squares, units=beside, l2=nn.Linear(12, 4)), 12)
+    normalised = two_layers(F.relu, 20, 16, 5)
+    parametrizations.weight_norm(normalised.l0)
+    yield on_rows("weight_norm: by its g", normalised, 16, d=20)
 
 
 class BasicBlock(nn.Module):
@@ -51,143 +123,23 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-class GPT(nn.Module):
-    """A block of nanoGPT with packed queries, keys and values, and a tied head."""
-
-    def __init__(self, d=32, heads=4, vocabulary=50):
-        super().__init__()
-        self.heads = heads
-        self.wte, self.ln1, self.ln2 = nn.Embedding(vocabulary, d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.attn, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.fc, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-        self.head = nn.Linear(d, vocabulary, bias=False)
-        self.head.weight = self.wte.weight
-
-    def forward(self, tokens):
-        x = self.wte(tokens)
-        parts = self.attn(self.ln1(x)).chunk(3, -1)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
-        return self.head(x + self.fc2(F.gelu(self.fc(self.ln2(x)))))
-
-
-class MixtureOfExperts(nn.Module):
-    """Three experts, of which the router takes two for each sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(8, 3)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3)
-        )
-
-    def forward(self, x):
-        weights, chosen = self.router(x).softmax(-1).topk(2)
-        y = torch.zeros_like(x)
-        for k, expert in enumerate(self.experts):
-            sample, rank = (chosen == k).nonzero(as_tuple=True)
-            if len(sample):
-                y = y.index_add(0, sample, weights[sample, rank, None] * expert(x[sample]))
-        return y
-
-
-class EinsumAttention(nn.Module):
-    """Attention by einsum, with parameters of three axes."""
-
-    def __init__(self, d=8, heads=2, size=4):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Parameter(torch.randn(d, heads, size) / 3) for _ in range(3))
-        self.o = nn.Parameter(torch.randn(heads, size, d) / 3)
-
-    def forward(self, x):
-        q, k, v = (torch.einsum("btd,dhe->bhte", x, w) for w in (self.q, self.k, self.v))
-        p = torch.einsum("bhte,bhse->bhts", q, k).softmax(-1)
-        return torch.einsum("bhte,hed->btd", p @ v, self.o)
-
-
-def linear(*sizes):
-    return {f"l{k}": nn.Linear(i, o) for k, (i, o) in enumerate(zip(sizes, sizes[1:]))}
-
-
-def on_rows(name, function, layers, units, d=8, blocks=None):
-    """Return the case of a Functional whose inputs are rows of d numbers."""
-    inputs, others = (torch.randn(5, d),), (torch.randn(9, d),)
-    return Case(name, Functional(function, **layers), inputs, others, units, blocks or {})
-
-
-def on_images(name, module, units, count=2, more=3):
-    """Return the case of a module whose inputs are so many images; others are larger."""
-    inputs, others = (torch.rand(count, 3, 16, 16),), (torch.rand(more, 3, 20, 20),)
-    return Case(name, module, inputs, others, units, {})
-
-
-def on_sequences(name, module, units, d, blocks=None):
-    """Return the case of a module whose inputs are sequences; others are longer."""
-    inputs, others = (torch.randn(2, 6, d),), (torch.randn(3, 9, d),)
-    return Case(name, module, inputs, others, units, blocks or {})
-
-
-def on_tokens(name, module, units, blocks=None):
-    inputs, others = (torch.randint(50, (2, 6)),), (torch.randint(50, (3, 11)),)
-    return Case(name, module, inputs, others, units, blocks or {})
-
-
-def all_cases():
-    torch.manual_seed(0)
-    return [*feed_forward(), *convolutional(), *transformers(), *low_rank(), *others()]
-
-
-def feed_forward():
-    def two(activation):
-        return lambda m, x: m.l1(activation(m.l0(x)))
-
-    def mlp(m, x):
-        return m.l2(F.relu(m.l1(F.relu(m.l0(x)))))
-
-    yield on_rows("MLP with F.relu", mlp, linear(20, 16, 12, 5), 16 + 12, d=20)
-    yield on_rows("clamp(min=0)", two(lambda x: x.clamp(min=0)), linear(8, 12, 4), 12)
-    yield on_rows("squared ReLU", two(lambda x: F.relu(x).square()), linear(8, 12, 4), 12)
-    maxout = {"l0": nn.Linear(8, 24), "l1": nn.Linear(12, 4)}
-    yield on_rows("maxout", two(lambda x: x.view(-1, 12, 2).amax(-1)), maxout, 12)
-    glu = {"l0": nn.Linear(8, 24), "l1": nn.Linear(12, 4)}
-    yield on_rows("GLU: the gate is fixed", two(F.glu), glu, 12)
-
-    def bottleneck(m, x):
-        return m.l2(F.gelu(m.l1(m.l0(x))))
-
-    layers = linear(8, 3, 12, 4)
-    yield on_rows("bottleneck without activation", bottleneck, layers, 3, blocks={3: 1})
-    yield on_rows("sigmoid", two(torch.sigmoid), linear(8, 12, 4), 0)
-
-    def scaled(m, x):
-        return m.l1(F.relu(m.l0(x) * m.scale))
-
-    layers = linear(8, 16, 4) | {"scale": nn.Parameter(torch.rand(16))}
-    yield on_rows("LayerScale: before and behind it", scaled, layers, 16 + 16)
-    layers = linear(20, 16, 5)
-    parametrizations.weight_norm(layers["l0"])
-    yield on_rows("weight_norm: by its g", two(F.relu), layers, 16, d=20)
+def resnet():
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+    layers = {"a": BasicBlock(8, 8), "b": BasicBlock(8, 16, 2), "fc": nn.Linear(16, 10)}
+    return Functional(lambda m, x: m.fc(m.b(m.a(m.stem(x))).mean((2, 3))), stem=stem, **layers)
 
 
 def convolutional():
     conv, relu = nn.Conv2d, F.relu
-
-    def resnet():
-        stem = nn.Sequential(conv(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        layers = {"a": BasicBlock(8, 8), "b": BasicBlock(8, 16, 2), "fc": nn.Linear(16, 10)}
-        return Functional(lambda m, x: m.fc(m.b(m.a(m.stem(x))).mean((2, 3))), stem=stem, **layers)
-
     # the stem and the first block share 8 (residual) and it has 8 inside; the second block has 16
     # outside (of two norms) and 16 inside
     yield on_images("ResNet, evaluation", resnet().eval(), 48)
-    yield on_images("ResNet, training", resnet(), 48, 4, 6)
+    yield on_images("ResNet, training", resnet(), 48)
 
     def three(b, i, o):
         layers = {"a": conv(3, i, 3), "b": b, "c": conv(o, 4, 1)}
         return Functional(lambda m, x: m.c(relu(m.b(relu(m.a(x))))), **layers)
 
-    yield on_images("depthwise convolution", three(conv(8, 8, 3, groups=8), 8, 8), 16)
     yield on_images("grouped convolution", three(conv(8, 12, 3, groups=2), 8, 12), 8 + 12)
     transposed = nn.ConvTranspose2d(8, 8, 3, groups=8)
     yield on_images("depthwise transposed convolution", three(transposed, 8, 8), 16)
@@ -207,18 +159,17 @@ def convolutional():
     layers = {"a": conv(3, 4, 3, padding=1), "b": conv(7, 4, 3, padding=1), "c": conv(11, 5, 1)}
     yield on_images("DenseNet: concatenation twice", Functional(dense, **layers), 4 + 4)
 
-    def heads(m, x):
-        y = relu(m.a(x))
-        return m.box(y).mean((2, 3)), m.label(y).mean((2, 3))
 
-    layers = {"a": conv(3, 8, 3), "box": conv(8, 4, 1), "label": conv(8, 6, 1)}
-    yield on_images("one layer read by two heads", Functional(heads, **layers), 8)
+def tied_gpt():
+    model = GPT(layers=1, width=32, heads=4, vocabulary=50, length=16)
+    model.head.weight = model.tokens.weight
+    return model
 
 
 def transformers():
     # the norm before attention 32, queries with keys 32, values with the output 32, the norm before
-    # the MLP 32; GELU has none
-    yield on_tokens("GPT, tied head", GPT(), 128, {8: 8})
+    # the MLP 32; GELU has none, nor has the last norm
+    yield on_tokens("GPT, tied head", tied_gpt(), 128, {8: 8})
 
     def swiglu(m, x):
         y = m.norm(x)
@@ -226,43 +177,47 @@ def transformers():
 
     layers = {"norm": nn.LayerNorm(16), "gate": nn.Linear(16, 24), "up": nn.Linear(16, 24)}
     module = Functional(swiglu, **layers, down=nn.Linear(24, 16))
-    yield on_sequences("SwiGLU: up against down, and the norm", module, 16 + 24, 16)
+    yield on_sequences("SwiGLU: up against down, and the norm", module, 16, 16 + 24)
     layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    yield on_sequences("nn.TransformerEncoder", encoder, 192, 16, {4: 16})
-    name = "einsum attention, parameters of three axes"
-    yield on_sequences(name, EinsumAttention(), 16, 8, {4: 4})
+    yield on_sequences("nn.TransformerEncoder", encoder, 16, 192, {4: 16})
+    decoder = nn.Transformer(16, 4, 1, 1, 32, 0.0, batch_first=True)
+    inputs, others = ((torch.randn(2, n, 16), torch.randn(2, n - 1, 16)) for n in (5, 7))
+    # three attentions with four heads, each twice, and the units of two ReLUs
+    yield Case("nn.Transformer", decoder, inputs, others, 6 * 16 + 2 * 32, {4: 24})
 
 
 def low_rank():
-    def beside(m, x):
-        return m.out(F.gelu(m.w(x) + x @ m.A.T @ m.B.T / 2))
-
     def merged(m, x):
         return m.out(F.gelu(F.linear(x, m.w.weight + m.B @ m.A, m.w.bias)))
 
-    for name, function in (("LoRA", beside), ("LoRA, merged in forward", merged)):
-        layers = {"w": nn.Linear(16, 16), "out": nn.Linear(16, 3)}
-        layers |= {"A": nn.Parameter(torch.randn(4, 16)), "B": nn.Parameter(torch.randn(16, 4))}
-        yield on_rows(name, function, layers, 4, d=16, blocks={4: 1})
+    layers = {"w": nn.Linear(16, 16), "out": nn.Linear(16, 3)}
+    layers |= {"A": nn.Parameter(torch.randn(4, 16)), "B": nn.Parameter(torch.randn(16, 4))}
+    yield on_rows("LoRA, merged in forward", Functional(merged, **layers), 4, {4: 1}, d=16)
+
+
+def mixture_of_experts(m, x):
+    """Three experts, of which the router takes two for each sample."""
+    weights, chosen = m.router(x).softmax(-1).topk(2)
+    y = torch.zeros_like(x)
+    for k, expert in enumerate(m.experts):
+        sample, rank = (chosen == k).nonzero(as_tuple=True)
+        y = y.index_add(0, sample, weights[sample, rank, None] * expert(x[sample]))
+    return y
 
 
 def others():
-    inputs, more = (torch.randn(9, 8),), (torch.randn(20, 8),)
-    yield Case("mixture of experts", MixtureOfExperts(), inputs, more, 3 * 12, {})
-
-    def graph(m, x, A):
-        return A @ m.l1(F.relu(A @ m.l0(x)))
-
-    inputs, more = ((torch.randn(n, 8), torch.rand(n, n)) for n in (6, 9))
-    yield Case("graph convolution", Functional(graph, **linear(8, 16, 4)), inputs, more, 16, {})
-
-    def bag(m, rows):
-        return m.out(F.relu(m.bag(rows)))
-
+    experts = [nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3)]
+    layers = {"router": nn.Linear(8, 3), "experts": nn.ModuleList(experts)}
+    module = Functional(mixture_of_experts, **layers)
+    yield Case("experts", module, (torch.randn(9, 8),), (torch.randn(20, 8),), 3 * 12)
+    graph = Functional(lambda m, x, A: A @ m.l1(F.relu(A @ m.l0(x))), **linear(8, 16, 4))
+    inputs, others = ((torch.randn(n, 8), torch.rand(n, n)) for n in (6, 9))
+    yield Case("graph convolution", graph, inputs, others, 16)
     layers = {"bag": nn.EmbeddingBag(50, 8, mode="mean"), "out": nn.Linear(8, 3)}
-    yield on_tokens("EmbeddingBag", Functional(bag, **layers), 8)
+    bag = Functional(lambda m, rows: m.out(F.relu(m.bag(rows))), **layers)
+    yield on_tokens("EmbeddingBag", bag, 8)
     for kind in (nn.LSTM, nn.GRU):  # tanh and sigmoid fix everything
         layers = {"cell": kind(8, 16, batch_first=True), "out": nn.Linear(16, 5)}
         module = Functional(lambda m, x: m.out(m.cell(x)[0][:, -1]), **layers)
-        yield on_sequences(kind.__name__, module, 0, 8)
+        yield on_sequences(kind.__name__, module, 8, 0)
