@@ -1,13 +1,11 @@
 """Symmetries of a module's parameters, and teleports along them.
 
-Find them once, and move between backward() and step():
+symmetry = symmetry_of(model, *inputs)  # or a list of Groups written by hand
+check_symmetry(model, symmetry, *inputs)
 
-    symmetry = symmetry_of(model, *inputs)  # or a list of Groups written by hand
-    check_symmetry(model, symmetry, *inputs)
-
-    loss.backward()
-    teleport_(model, symmetry, optimizer)
-    optimizer.step()
+loss.backward()
+teleport_(model, symmetry, optimizer)
+optimizer.step()
 """
 
 from .check import check_symmetry

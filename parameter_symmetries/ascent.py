@@ -32,9 +32,10 @@ def ascend(orbit, objective, parameters, lr, steps, stop=INF, max_norm=INF, grad
     """Take gradient steps T = lr × slope; return the new parameters and the Path.
 
     objective(parameters) returns the value that is to grow, [...]; where lr is negative it falls.
+    It is called with autograd and without: use torch.func for derivatives in it.
     lr and stop are numbers or tensors [...]. A run stops once its value is above `stop`; when all
-    have stopped, the ascent ends, and the path is shorter. A step with |T|_F > max_norm in a group
-    is scaled down to that norm. gradient: as in `slopes`.
+    have stopped, the path ends. A step with |T|_F > max_norm in a group is scaled down to that
+    norm. gradient: as in `slopes`.
     """
     path, product, going = [], identities(orbit), True
     for _ in range(steps):
@@ -56,14 +57,13 @@ def ascend(orbit, objective, parameters, lr, steps, stop=INF, max_norm=INF, grad
 
 
 @torch.no_grad()
-def ascend_to(target, orbit, objective, parameters, length, steps, gradient=None):
+def ascend_to(target, orbit, objective, parameters, length, steps):
     """Move until the objective has reached a target; return the new parameters and the Path.
 
     target: a number or a tensor [...]. A run that starts above its target descends; one whose
     target is nan stays. A step has the length |T| = `length` over all groups, or less if the slope
     says that the target is nearer. A run stops when it has reached its target, or when a step
-    would not bring it nearer; that step is not taken. When no run is left, the ascent ends, and
-    the path is shorter. The other arguments are as in `ascend`.
+    would not bring it nearer; that step is not taken. When no run is left, the path ends.
     """
     value = objective(parameters)
     target = as_tensor(target, value)
@@ -73,7 +73,7 @@ def ascend_to(target, orbit, objective, parameters, length, steps, gradient=None
     for _ in range(steps):
         if not going.any():
             break
-        _, slope = slopes(orbit, objective, parameters, gradient)
+        _, slope = slopes(orbit, objective, parameters)
         norm = sum((t * t).sum(tuple(range(value.dim(), t.dim()))) for t in slope).sqrt()
         # a little beyond the target, so that it is reached rather than approached
         step = (1.05 * (target - value).abs() / norm).clamp(max=length)
@@ -93,9 +93,9 @@ def ascend_to(target, orbit, objective, parameters, length, steps, gradient=None
 def slopes(orbit, objective, parameters, gradient=None):
     """Return the objective [...] and, for each group, its slope in T at T = 0, projected.
 
-    gradient(parameters) returns the objective and its gradient in the parameters; without it,
-    autograd finds both. Both are taken at the parameters that T = 0 leads to. These differ from
-    the given ones if an action keeps the network's outputs on a batch only approximately.
+    gradient(parameters) returns the objective and its gradient, by default by autograd. Both are
+    taken at the parameters that T = 0 leads to, which differ from the given ones if an action keeps
+    the outputs on a batch only approximately.
     """
     T = [torch.zeros_like(zero, requires_grad=True) for zero in orbit.zeros]
     with torch.enable_grad():
@@ -110,10 +110,7 @@ def slopes(orbit, objective, parameters, gradient=None):
 
 @torch.enable_grad()
 def value_and_gradient(objective, parameters):
-    """Return objective(parameters), [...], and its gradient, a list like the parameters.
-
-    Both are constants: autograd does not go through them.
-    """
+    """Return objective(parameters), [...], and its gradient, a list like them; both constants."""
     leaves = [p.detach().requires_grad_() for p in parameters]
     value = objective(leaves)
     return value.detach(), torch.autograd.grad(value.sum(), leaves, materialize_grads=True)

@@ -11,8 +11,6 @@ from .stacks import acted, matrices, plan_of, stacks_of, swapped
 # Powers of the gradient, or where negative of the weights, that optimizers keep for each parameter
 POWERS = {"momentum_buffer": 1, "exp_avg": 1, "grad_avg": 1, "ax": -1, "acc_delta": -2}
 POWERS |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
-
-
 SMALL = 2**16  # entries of a tensor below which it is faster to move a copy of many in one stack
 
 
@@ -106,14 +104,12 @@ def move(plan, elements, moving):
             for power, tensor in moving[name]:
                 alike[power, tensor.dtype, tensor.device].append((k, tensor))
         for (power, *_), pairs in alike.items():
-            chosen, tensors = map(list, zip(*pairs))
-            times = len(chosen) // len(family.names)
-            actions = family.actions
-            if chosen == [k for k in range(len(family.names)) for _ in range(times)]:
-                slots = [action.slots.repeat_interleave(times, 0) for action in actions]
-            else:
-                slots = [action.slots[chosen] for action in actions]
-            actions = [action._replace(slots=s) for action, s in zip(actions, slots)]
+            actions = []
+            for action in family.actions:
+                slots = action.slots.unbind()
+                slots = torch.stack([slots[k] for k, _ in pairs])
+                actions.append(action._replace(slots=slots))
+            tensors = [tensor for _, tensor in pairs]
             move_alike(tensors, actions, elements if power < 0 else dual, abs(power) == 2)
 
 

@@ -1,11 +1,12 @@
 """Teleports to where any objective is larger, by the general ascent through the action."""
 
-from typing import NamedTuple
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
 from .ascent import Orbit, ascend
-from .groups import Group, act_on, exponential, unwrapped
+from .groups import act_on, exponential, unwrapped
 from .moving import act_on_
 from .stacks import plan_of
 
@@ -13,10 +14,10 @@ from .stacks import plan_of
 def teleport_to(model, symmetry, objective, lr, steps, optimizer=None, *, also=(), **limits):
     """Move a model in place to where an objective is larger; return its path [steps + 1].
 
-    objective(parameters) returns a number from {name: tensor}; lr < 0 descends. Each step
-    differentiates it through the action; `limits` are `stop` and `max_norm` of `ascend`, which
-    bounds |T|_F of each element. What moves along is what `teleport_` moves. Raises its errors, and
-    ValueError where the objective is not finite: then nothing has moved.
+    objective(parameters) returns a number from {name: tensor}, which is differentiated; lr < 0
+    descends. limits: `stop` and `max_norm` of `ascend`, which bounds |T|_F of each element. What
+    moves along is what `teleport_` moves. Raises its errors, and ValueError where the objective is
+    not finite: then nothing has moved.
     """
     model = unwrapped(model)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -29,9 +30,9 @@ def teleport_to(model, symmetry, objective, lr, steps, optimizer=None, *, also=(
     def value(tensors):
         return objective({**parameters, **dict(zip(plan.names, tensors))})
 
-    zeros = [plan.like.new_zeros(group.count, group.size, group.size) for group in symmetry]
-    orbit = Orbit(act, [Exponential(group) for group in symmetry], zeros)
     start = [parameters[name] for name in plan.names]
+    zeros = [plan.like.new_zeros(group.count, group.size, group.size) for group in symmetry]
+    orbit = Orbit(act, [exponentials(group) for group in symmetry], zeros)
     _, path = ascend(orbit, value, start, lr, steps, **limits)
     if not path.objective.isfinite().all():
         raise ValueError(f"the objective becomes {path.objective[-1]}: take a smaller lr")
@@ -39,23 +40,16 @@ def teleport_to(model, symmetry, objective, lr, steps, optimizer=None, *, also=(
     return path.objective
 
 
-class Exponential(NamedTuple):
-    """g = exp(T) for a group, as an `Orbit` needs it."""
-
-    group: Group
-
-    def project(self, T):
-        return T
-
-    def element(self, T):
-        return exponential(self.group, T)
+def exponentials(group):
+    """Return what an `Orbit` needs of a group: any T is allowed, and g = exp(T)."""
+    return SimpleNamespace(project=lambda T: T, element=partial(exponential, group))
 
 
 def gradient_norm(loss, names):
-    """Return |∇L|² over the parameters of these names, an objective.
+    """Return |∇L|² over the parameters of these names, an objective; loss: an objective, too.
 
-    loss(parameters) returns a number from {name: tensor}; it is differentiated twice. `teleport_`
-    does the same for a small part of the cost, as a symmetry keeps the loss on all data.
+    For a symmetry, which keeps the loss on all data, `teleport_` climbs it at a small part of the
+    cost.
     """
 
     def objective(parameters):
@@ -69,8 +63,7 @@ def gradient_norm(loss, names):
 def mean_perturbed_loss(loss, radii, seed=0):
     """Return φ (Eq. 4), an objective, with one direction on the sphere of all weights a radius.
 
-    loss(parameters) returns a number from {name: tensor}. Every evaluation takes the directions of
-    `seed`.
+    loss: an objective, too. Every evaluation takes the directions of `seed`.
     """
 
     def objective(parameters):

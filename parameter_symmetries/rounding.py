@@ -5,12 +5,11 @@ variance Δ²/12 to each weight. To second order the loss then rises by
 
     J = ½ Σ_i H_ii Δ_i² / 12,        H_ii ≈ B E[g_i²],
 
-with gradients g of mini-batches of B samples (Fisher's matrix). A network's symmetries keep its
-function, but not J: a group element h takes weights W to hW and gradients G to h^{-T} G. So
-gradients at one point give J on the whole orbit, and `equalize_` descends on log J without another
-pass through the network. In the logarithms of rescalings log J is convex: no local minimum is
-higher than another. J is of second order: below four bits it is a rough guide, and moving can do
-harm. One bit less makes it about four times as large.
+with gradients g of mini-batches of B samples (Fisher's matrix). A symmetry keeps the network's
+function, but not J. Its elements h take weights W to hW and gradients G to h^{-T} G: gradients at
+one point give J on the whole orbit, and `equalize_` descends on log J without another pass through
+the network. In the logarithms of rescalings log J is convex. Below four bits J is a rough guide,
+and moving can do harm. One bit less makes J about four times as large.
 
 Without a loss, H_ii is 1 / the mean square of the weights that share i's step: then J is half the
 sum of squared errors relative to the weights' size.
@@ -44,15 +43,6 @@ class Rise(NamedTuple):
     after: float
 
 
-class Point(NamedTuple):
-    """What J depends on: weights, and what H is made of."""
-
-    weights: dict  # {name: tensor} of those that will be rounded
-    gradients: dict | None  # {name: [*shape, n]}, whose squares' sum over n is H; None: no loss
-    axes: dict  # {name: axis of the output channels}
-    per: str | int  # what shares a step Δ
-
-
 def equalize_(
     model,
     symmetry,
@@ -80,14 +70,14 @@ def equalize_(
     Raises ValueError where the symmetry doesn't fit or moves no weight that will be rounded, where
     there are no batches, where a weight or its gradient is not finite, and as `teleport_` does.
     """
-    check_rounding(bits, per)
-    axes = rounded_weights(model) if axes is None else axes
+    axes = checked(model, bits, per, axes)
     symmetry = [group for group in symmetry if loss or group.kind == RESCALING]
     groups = groups_on(axes, unwrapped(model), symmetry)
     entrywise = {name for name in axes if not loss or not is_bilinear(name, axes[name], groups)}
-    point = point_of(model, loss, batches, per, axes, batch_size, entrywise)
-    before, elements = rise(point, bits), descend(point, groups, entrywise, steps)
-    after = rise(moved(point, groups, elements), bits)
+    weights = weights_of(model, loss, batches, per, axes, batch_size, entrywise)
+    before, elements = rise(weights, bits), descend(weights, groups, entrywise, steps)
+    new = {name: moved(w, action(name, groups), elements) for name, w in weights.items()}
+    after = rise(new, bits)
     if after < before:  # a norm is not the maximum: where nothing is to gain, J may end higher
         act_on_(model, symmetry, elements, optimizer)
     return Rise(before, min(before, after))
@@ -98,9 +88,8 @@ def predicted_rise(model, loss, batches, bits, per="channel", *, axes=None, batc
 
     The arguments and errors are those of `equalize_`.
     """
-    check_rounding(bits, per)
-    axes = rounded_weights(model) if axes is None else axes
-    return rise(point_of(model, loss, batches, per, axes, batch_size), bits)
+    axes = checked(model, bits, per, axes)
+    return rise(weights_of(model, loss, batches, per, axes, batch_size), bits)
 
 
 @torch.no_grad()
@@ -109,17 +98,17 @@ def round_weights(model, bits, per="channel", axes=None):
 
     per, axes: as `equalize_` takes them. Raises ValueError for fewer than two bits.
     """
-    check_rounding(bits, per)
+    axes = checked(model, bits, per, axes)
     model, levels = copy.deepcopy(model), 2 ** (bits - 1) - 1
     parameters = dict(unwrapped(model).named_parameters())
-    for name, axis in (rounded_weights(model) if axes is None else axes).items():
-        channels = parameters[name].movedim(axis, 0)
-        rows = blocks(channels, 0, per)
-        rows = rows.reshape(1, -1) if per == "tensor" else rows.flatten(0, 1)
-        scale = rows.abs().amax(1).float() / levels
+    for name, axis in axes.items():
+        weight = Weight(parameters[name], None, axis, per)
+        scale = weight.largest().flatten().float() / levels
         scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # of a row of zeros
         zero = torch.zeros_like(scale, dtype=torch.int32)
+        rows = weight.blocks(weight.tensor).reshape(len(scale), -1)
         rows = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, -levels, levels)
+        channels = weight.tensor.movedim(axis, 0)
         new = rows.reshape(len(channels), -1)[:, : channels[0].numel()]
         channels.copy_(new.reshape(channels.shape))
     return model
@@ -133,70 +122,68 @@ def rounded_weights(model):
     transformers. Where a parameter of your own has another layout, [heads, in, out] say, correct
     the result, and pass it as axes=.
     """
-    model = unwrapped(model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    embeddings, axes = set(), {}
-    for module in model.modules():
+    model, kinds = unwrapped(model), nn.Embedding | nn.EmbeddingBag
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+    axes = {}
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         transposed |= type(module).__name__ == "Conv1D"  # transformers' GPT-2 has [in, out]
-        for p in module.parameters(recurse=False):
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                embeddings.add(names[id(p)])
-            elif p.dim() > 1 and p.is_floating_point():
-                axes[names[id(p)]] = int(transposed)
-    return {name: axis for name, axis in axes.items() if name not in embeddings}
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in embeddings:
+            axes[name] = int(transposed)
+    return axes
 
 
-def check_rounding(bits, per):
-    """Raise ValueError for bits and per for which there is no rounding."""
-
-    def is_whole(number):
-        return isinstance(number, int) and not isinstance(number, bool)
-
-    if not (is_whole(bits) and bits > 1):
+def checked(model, bits, per, axes):
+    """Return axes, by default `rounded_weights`. Raises ValueError for bad bits or per."""
+    if type(bits) is not int or bits < 2:
         raise ValueError(f"bits must be a whole number above 1, not {bits!r}")
-    if per not in ("tensor", "channel") and not (is_whole(per) and per > 0):
+    if per not in ("tensor", "channel") and (type(per) is not int or per < 1):
         raise ValueError(f"per must be 'tensor', 'channel' or a number of inputs, not {per!r}")
+    return rounded_weights(model) if axes is None else axes
 
 
 # J at a point
 
 
-def blocks(weight, axis, per):
-    """Return a weight as [output channels, blocks, size]; the last block may end with zeros.
+class Weight(NamedTuple):
+    """A weight that will be rounded, and what its part of J depends on."""
 
-    A block's entries share a step. With "tensor" a block is a channel, and all blocks share one.
-    """
-    rows = weight.movedim(axis, 0).flatten(1)
-    size = per if isinstance(per, int) else rows.shape[1]
-    return F.pad(rows, (0, -rows.shape[1] % size)).unflatten(1, (-1, size))
+    tensor: torch.Tensor
+    gradient: torch.Tensor | None  # [*shape, n], whose squares' sum over n is H; None: no loss
+    axis: int  # of the output channels
+    per: str | int  # what shares a step Δ
+
+    def blocks(self, entries):
+        """Return entries as [output channels, blocks, size]; the last block may end with zeros."""
+        rows = entries.movedim(self.axis, 0).flatten(1)
+        size = self.per if isinstance(self.per, int) else rows.shape[1]
+        return F.pad(rows, (0, -rows.shape[1] % size)).unflatten(1, (-1, size))
+
+    def shared(self):
+        """Return the dimensions of `blocks` along which entries share a step."""
+        return (0, 1, 2) if self.per == "tensor" else (2,)
+
+    def largest(self):
+        """Return max|W| of the entries that share a step, [out, blocks, 1] or [1, 1, 1]."""
+        return self.blocks(self.tensor).abs().amax(self.shared(), keepdim=True)
+
+    def curvature(self):
+        """Return the sum of H_ii over the entries that share a step, as `largest` does."""
+
+        def total(entries):
+            return self.blocks(entries).sum(self.shared(), keepdim=True)
+
+        if self.gradient is not None:
+            return total(self.gradient.square().sum(-1))
+        square, count = total(self.tensor.square()), total(torch.ones_like(self.tensor))
+        zero = square <= count**2 * torch.finfo(square.dtype).tiny  # or the quotient overflows
+        return torch.where(zero, 0.0, count**2 / square.masked_fill(zero, 1.0))
 
 
-def sharing(per):
-    """Return the dimensions of `blocks` along which entries share a step."""
-    return (0, 1, 2) if per == "tensor" else (2,)
-
-
-def curvature(weight, gradient, axis, per):
-    """Return the sum of H_ii over the entries that share a step, [out, blocks, 1] or [1, 1, 1]."""
-
-    def total(entries):
-        return blocks(entries, axis, per).sum(sharing(per), keepdim=True)
-
-    if gradient is not None:
-        return total(gradient.square().sum(-1))
-    square, count = total(weight.square()), total(torch.ones_like(weight))
-    zero = square <= count**2 * torch.finfo(square.dtype).tiny  # or the quotient overflows
-    return torch.where(zero, 0.0, count**2 / square.masked_fill(zero, 1.0))
-
-
-def rise(point, bits):
-    """Return J of a Point."""
-    total = 0.0
-    for name, axis in point.axes.items():
-        weight, gradient = point.weights[name], point.gradients and point.gradients[name]
-        largest = blocks(weight, axis, point.per).abs().amax(sharing(point.per), keepdim=True)
-        total += float((largest**2 * curvature(weight, gradient, axis, point.per)).sum())
+def rise(weights, bits):
+    """Return J of {name: Weight}."""
+    total = sum(float((w.largest() ** 2 * w.curvature()).sum()) for w in weights.values())
     if not math.isfinite(total):
         raise ValueError("a weight is not finite")
     return total / (24 * (2 ** (bits - 1) - 1) ** 2)
@@ -205,35 +192,32 @@ def rise(point, bits):
 @contextmanager
 def kept(model, parameters):
     """Let parameters require gradients for a while, and keep a model's buffers."""
-    required = [p.requires_grad for p in parameters]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    frozen = [p for p in parameters if not p.requires_grad]
+    buffers = [buffer.clone() for buffer in model.buffers()]
     try:
-        for p in parameters:
+        for p in frozen:
             p.requires_grad_(True)
         yield
     finally:
-        for p, flag in zip(parameters, required):
-            p.requires_grad_(flag)
+        for p in frozen:
+            p.requires_grad_(False)
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, old in zip(model.buffers(), buffers):
+                buffer.copy_(old)
 
 
 @torch.enable_grad()
-def point_of(model, loss, batches, per, axes, batch_size, entrywise=()):
-    """Return the Point at which a model is.
+def weights_of(model, loss, batches, per, axes, batch_size, entrywise=()):
+    """Return {name: Weight} of a model.
 
-    Its gradients are those of all batches for the weights `entrywise`. The others' entries only get
+    The gradients are those of all batches for the weights `entrywise`. The others' entries only get
     factors, so that one gradient with the same sum of squares stands for all.
     """
     parameters = dict(unwrapped(model).named_parameters())
-    weights = {name: parameters[name].detach() for name in axes}
-    if loss is None:
-        return Point(weights, None, axes, per)
     rounded = [parameters[name] for name in axes]
     samples, count = {name: [] for name in axes}, 0
     with kept(unwrapped(model), rounded):
-        for count, batch in enumerate(batches, start=1):  # noqa: B007
+        for count, batch in enumerate(batches if loss else (), start=1):  # noqa: B007
             size = batch_size or len(next(filter(torch.is_tensor, tree_leaves(batch))))
             slopes = torch.autograd.grad(loss(model, batch), rounded, materialize_grads=True)
             for name, slope in zip(axes, slopes):
@@ -242,10 +226,13 @@ def point_of(model, loss, batches, per, axes, batch_size, entrywise=()):
                 samples[name].append(size**0.5 * slope)
                 if name not in entrywise:
                     samples[name] = [torch.stack(samples[name]).square().sum(0).sqrt()]
-    if not count:
+    if loss and not count:
         raise ValueError("there are no batches to take gradients of")
-    gradients = {name: torch.stack(s, -1) / count**0.5 for name, s in samples.items()}
-    return Point(weights, gradients, axes, per)
+    gradients = {name: torch.stack(s, -1) / count**0.5 for name, s in samples.items() if s}
+    return {
+        name: Weight(parameters[name].detach(), gradients.get(name), axis, per)
+        for name, axis in axes.items()
+    }
 
 
 # Descent along the orbit
@@ -277,14 +264,17 @@ def is_bilinear(name, output, groups):
 
 
 @torch.enable_grad()
-def descend(point, groups, entrywise, steps):
+def descend(weights, groups, entrywise, steps):
     """Return the elements, [count, size, size] for each group, at which log J is least."""
-    device = next(iter(point.weights.values())).device
+    device = next(iter(weights.values())).tensor.device
     T = [torch.zeros(g.count, g.size, g.size, dtype=torch.float64, device=device) for g in groups]
     T = [t.requires_grad_() for t in T]
     moving = {axis.name for group in groups for axis in group.axes}  # the others' J is constant
-    names = [name for name in point.axes if name in moving]
-    parts = [(by_entries if n in entrywise else by_tables)(n, point, groups) for n in names]
+    parts = [
+        (by_entries if name in entrywise else by_tables)(name, weight, groups)
+        for name, weight in weights.items()
+        if name in moving
+    ]
     optimizer = torch.optim.Adam(T, lr=RATE)
     for _ in range(steps):
         elements = [exponential(group, t) for group, t in zip(groups, T)]
@@ -295,10 +285,12 @@ def descend(point, groups, entrywise, steps):
     return [exponential(group, t.detach()) for group, t in zip(groups, T)]
 
 
-def moved(point, groups, elements):
-    """Return the Point to which elements move another."""
-    gradients = point.gradients and act_on(point.gradients, groups, dual(elements))
-    return point._replace(weights=act_on(point.weights, groups, elements), gradients=gradients)
+def moved(weight, act, elements):
+    """Return the Weight to which elements move another by its `action`."""
+    new = weight._replace(tensor=act(weight.tensor, elements))
+    if weight.gradient is None:
+        return new
+    return new._replace(gradient=act(weight.gradient, dual(elements)))
 
 
 def action(name, groups, wanted=lambda axis: True):
@@ -315,48 +307,45 @@ def action(name, groups, wanted=lambda axis: True):
     return act
 
 
-def by_entries(name, point, groups):
+def by_entries(name, weight, groups):
     """Return a weight's part of J as a function of the elements, by acting on all its entries."""
-    weight, gradient = point.weights[name], point.gradients and point.gradients[name]
-    axis, shared, act = point.axes[name], sharing(point.per), action(name, groups)
+    act = action(name, groups)
 
     def part(elements):
-        elements = [g.to(weight) for g in elements]
-        moved = act(weight, elements)
-        slope = gradient if gradient is None else act(gradient, dual(elements))
-        entries = blocks(moved, axis, point.per)
-        largest = entries.detach().abs().amax(shared, keepdim=True)
+        new = moved(weight, act, [g.to(weight.tensor) for g in elements])
+        largest = new.largest().detach()
         largest = largest.clamp(min=torch.finfo(largest.dtype).tiny)
-        norm = torch.linalg.vector_norm(entries / largest, NORM, shared, keepdim=True)
-        return ((largest * norm) ** 2 * curvature(moved, slope, axis, point.per)).sum()
+        entries = new.blocks(new.tensor) / largest
+        norm = torch.linalg.vector_norm(entries, NORM, new.shared(), keepdim=True)
+        return ((largest * norm) ** 2 * new.curvature()).sum()
 
     return part
 
 
-def by_tables(name, point, groups):
+def by_tables(name, weight, groups):
     """Return a weight's part of J as a function of the elements, by tables that are made once.
 
     An entry becomes r W c with the factors r of its output and c of its input. So the sums of
     |rWc|^32 and of (G / rc)² are products of the tables |W|^32 and G² with powers of r and c. In
     double precision |W|^32 does not underflow.
     """
-    weight, output, per = point.weights[name], point.axes[name], point.per
+    output, shape = weight.axis, weight.tensor.shape
     act_on_outputs = action(name, groups, lambda axis: axis.dim == (output,))
     act_on_inputs = action(name, groups, lambda axis: axis.dim != (output,))
 
     def table(entries):  # [blocks, out, size], which is fast to multiply by [blocks, size]
-        return blocks(entries, output, per).transpose(0, 1).contiguous()
+        return weight.blocks(entries).transpose(0, 1).contiguous()
 
-    powers = table(weight.double().abs() ** NORM)
-    squares = table(point.gradients[name].double().square().sum(-1))
-    outputs = powers.new_ones([n if d == output else 1 for d, n in enumerate(weight.shape)])
-    inputs = powers.new_ones([1 if d == output else n for d, n in enumerate(weight.shape)])
+    powers = table(weight.tensor.double().abs() ** NORM)
+    squares = table(weight.gradient.double().square().sum(-1))
+    outputs = powers.new_ones([n if d == output else 1 for d, n in enumerate(shape)])
+    inputs = powers.new_ones([1 if d == output else n for d, n in enumerate(shape)])
 
     def part(elements):
         r, c = act_on_outputs(outputs, elements).reshape(-1, 1), act_on_inputs(inputs, elements)
-        norm = torch.einsum("bos,xbs->ob", powers, blocks(c**NORM, output, per)) * r**NORM
-        total = torch.einsum("bos,xbs->ob", squares, blocks(c**-2, output, per)) / r**2
-        if per == "tensor":
+        norm = torch.einsum("bos,xbs->ob", powers, weight.blocks(c**NORM)) * r**NORM
+        total = torch.einsum("bos,xbs->ob", squares, weight.blocks(c**-2)) / r**2
+        if weight.per == "tensor":
             norm, total = norm.sum(), total.sum()
         return ((norm + TINY) ** (2 / NORM) * total).sum()
 

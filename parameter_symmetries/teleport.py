@@ -7,10 +7,6 @@ is, for symmetric T,
 
     tr(e^{-T} A e^{-T}) + tr(e^T B e^T),    with the slope 2 (B - A) at T = 0.
 
-    loss.backward()
-    teleport_(model, symmetry, optimizer)  # in place: parameters, .grad, the optimizer's state
-    optimizer.step()
-
 Seen from the point that was left, an SGD step after a teleport is w - η (gᵀg)^{-1} ∇L(w) for V, and
 likewise for U: a preconditioner, constant until the next teleport.
 """
@@ -35,28 +31,24 @@ def teleport_(model, symmetry, optimizer=None, *, steps=None, length=0.1, until=
     `also`, a list of what has a tensor for each of model.parameters(), in their order: an average
     of weights (also=[ema.parameters()]), a reference point, or the float32 weights that an
     optimizer trains in the place of the model's, with their .grad and state. The outputs stay.
-    Weight decay does not: it pulls elsewhere at the new point.
+    Weight decay does not: it pulls elsewhere at the new point. Clip gradients afterwards, since
+    their norm changes.
 
     A step acts on each unit or head with exp(T), T = length (B - A) / |A + B|_F. So |T|_F, the log
     factor of a unit, is at most `length` (at most 1), whatever the scale of the loss (a GradScaler)
-    and of the weights. A negative length descends, which balances a network. All groups move at
-    once, and gradients that two of them share, as rows and columns, are updated after each step:
-    the path is that of an ascent by double backward with these T.
+    and of the weights. A negative length descends, which balances a network. The path is that of an
+    ascent by double backward with these T.
 
-    steps: how many; by default 1. until: a factor by which |∇L|² is to change; above 1 it ascends,
-    below 1 it descends, whatever the sign of `length`. Where it is not reached, the teleport ends
-    after `steps`, by default 100. |∇L|² counts the gradients that there are. Where it is not finite
-    nothing moves. Processes with the same gradients (DistributedDataParallel) move alike.
+    steps: how many; by default 1. until: a factor by which |∇L|² is to change, up or down whatever
+    the sign of `length`; the teleport ends where it is reached, or after `steps`, by default 100.
+    |∇L|² counts the gradients that there are. Where it is not finite nothing moves. Processes with
+    the same gradients (DistributedDataParallel) move alike.
 
     Raises ValueError, before anything has moved, for bad arguments, where there are no gradients or
     a group's are sparse, where the symmetry doesn't fit the model's parameters, for an optimizer of
     others, and for state that no rule moves. `check_symmetry` tells whether it keeps the outputs.
     """
-    check_steps(length, steps, until)
-    if until is not None:
-        length = math.copysign(length, until - 1)
-    if steps is None:
-        steps = 1 if until is None else 100
+    length, steps = checked(length, steps, until)
     model = unwrapped(model)
     copies = copies_of(model, also)
     gradients = gradients_of(copies)
@@ -68,14 +60,17 @@ def teleport_(model, symmetry, optimizer=None, *, steps=None, length=0.1, until=
     return before, after
 
 
-def check_steps(length, steps, until):
-    """Raise ValueError for steps that cannot be taken."""
+def checked(length, steps, until):
+    """Return the signed length and the number of steps; raise ValueError for impossible ones."""
     if not 0 < abs(length) <= 1:
         raise ValueError(f"length is {length}, but steps have |T| of at most 1")
     if steps is not None and not steps >= 1:
         raise ValueError(f"steps is {steps}, but there must be 1 or more")
-    if until is not None and not 0 < until < math.inf:
+    if until is None:
+        return length, steps or 1
+    if not 0 < until < math.inf:
         raise ValueError(f"until is {until}, but a factor of |∇L|² is positive")
+    return math.copysign(length, until - 1), steps or 100
 
 
 def gradients_of(copies):
@@ -191,9 +186,8 @@ def follow(plan, gradients, length, steps, until):
         totals = (form.total() for form in forms)
         return sum((total.to(rest) for total in totals), rest)
 
-    before = objective()
-    finite = before.isfinite()
-    product = one = identity(plan)
+    before, product = objective(), identity(plan)
+    one = product
     for _ in range(steps):
         sums = sums_of(plan, families, forms)
         T = {size: direction(A, B, length) for size, (A, B) in sums.items()}
@@ -204,7 +198,7 @@ def follow(plan, gradients, length, steps, until):
             # |∇L|² is convex in T: it grows by at least as much as the slope says
             gain = sum(2 * (T[size] * (B - A)).sum() for size, (A, B) in sums.items())
             T = {size: (1.01 * missing / gain).clamp(max=1) * t for size, t in T.items()}
-        T = {size: torch.where(finite, t, 0.0) for size, t in T.items()}
+        T = {size: torch.where(before.isfinite(), t, 0.0) for size, t in T.items()}
         elements = one | {size: exponentials(t, abs(length)) for size, t in T.items()}
         dual = swapped(elements)
         forms = [form.acted(family.actions, dual) for family, form in zip(families, forms)]

@@ -6,10 +6,10 @@
 
 Architectures are those of the transformers library that can be built at a small size, with random
 weights: causal and masked language models, and image classifiers; and CNNs after torchvision's.
-`symmetry_of` finds their groups. Random elements of all groups then act, and outputs on other
-inputs, of another length, are compared with those before. They are compared, too, where one side of
-each group is moved alone: what makes its units. Results go to logs/architectures/, where an
-interrupted run resumes, and to figures/architectures/.
+`symmetry_of` finds their groups. Random elements of all groups then act, or of one side of each
+alone, what makes its units, and outputs on other inputs, of another length, are compared with those
+before. Results go to logs/architectures/, where an interrupted run resumes, and to
+figures/architectures/.
 """
 
 import json
@@ -185,9 +185,8 @@ def kept(output):
 
 def log_of(architecture, args):
     settings = architecture._asdict() | {"small": SMALL}
-    package = sorted((results.ROOT / "parameter_symmetries").glob("*.py"))
     path = args.output / "logs" / "architectures" / architecture.kind / f"{architecture.name}.npz"
-    return results.Log(path, settings, (__file__, networks.__file__, *package))
+    return results.Log(path, settings, (__file__, *networks.CODE))
 
 
 def compute(architecture, args, bar):
@@ -257,12 +256,13 @@ def table(built, problems):
     header += ["outputs change by", "by one side alone", "what ended most others"]
     rows = []
     for name, a in sorted(built.items()):
+        kind, name = name.split("/")
         blocks = [f"{n} × GL({d})" for d, n in sorted(Counter(a["blocks"]).items())]
         ended = [operation for operation, _ in Counter(a["ended"]).most_common(3)]
-        numbers = f"{a['seconds']:.2f}", number(a["changed"]), number(a["one_side"])
-        moved = f"{a['moved'] / a['parameters']:.0%}"
-        row = [f"{a['units']}", ", ".join(blocks) or "–", moved, *numbers, ", ".join(ended)]
-        rows.append([*reversed(name.split("/")), *row])
+        numbers = f"{a['moved'] / a['parameters']:.0%}", f"{a['seconds']:.2f}"
+        numbers += number(a["changed"]), number(a["one_side"])
+        blocks, ended = ", ".join(blocks) or "–", ", ".join(ended)
+        rows.append([name, kind, str(a["units"]), blocks, *numbers, ended])
     lines = [f"- {name}: {problem}\n" for name, problem in sorted(problems.items())]
     return f"{plots.markdown(header, rows)}\n{len(lines)} were not built:\n\n{''.join(lines)}"
 
@@ -272,11 +272,10 @@ def draw(path, built):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     moving = [a for a in built.values() if a["units"]]
-    keys = "one_side", "changed"
-    changes = {key: np.clip([a[key] for a in moving], 1e-17, 99) for key in keys}
+    changed, one_side = np.clip([(a["changed"], a["one_side"]) for a in moving], 1e-17, 99).T
     bins = np.logspace(-17, 2, 39)
-    left.hist(changes["changed"], bins, color=plots.BLUE, label="all that a group names")
-    left.hist(changes["one_side"], bins, color=plots.ORANGE, label="what makes its units alone")
+    left.hist(changed, bins, color=plots.BLUE, label="all that a group names")
+    left.hist(one_side, bins, color=plots.ORANGE, label="what makes its units alone")
     left.set(xscale="log", xlabel="relative change of the outputs", ylabel="architectures")
     left.set_title("random group elements act on")
     figure.legend(loc="outside lower left", ncols=2)
@@ -284,8 +283,8 @@ def draw(path, built):
     middle.hist(shares, bins=20, range=(0, 1), color=plots.BLUE)
     middle.set(xlabel="share of the weights that groups move", ylabel="architectures")
     ended = Counter(operation for a in built.values() for operation in set(a["ended"]))
-    names, counts = zip(*reversed(ended.most_common(12)))
-    right.barh(names, counts, color=plots.BLUE)
+    most = dict(reversed(ended.most_common(12)))
+    right.barh(list(most), list(most.values()), color=plots.BLUE)
     right.set(xlabel="architectures", title="what ends symmetries")
     plots.save_figure(figure, path)
 
@@ -320,7 +319,10 @@ def main():
     path = folder / "architectures.json"
     if not path.exists():
         raise results.UserError(f"{path} is missing: run without --plot-only.")
-    everything = json.loads(path.read_text("utf-8"))
+    try:
+        everything = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise results.UserError(f"{path} is damaged: run without --plot-only.") from None
     problems = {name: a["problem"] for name, a in everything.items() if "problem" in a}
     built = {name: a for name, a in everything.items() if name not in problems}
     results.save_text(folder / "table.md", table(built, problems))

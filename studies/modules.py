@@ -6,21 +6,12 @@
 
 A ResNet on images of CIFAR-10 and a GPT on bytes of Python's standard library are trained by SGD
 with momentum and by AdamW, at the best learning rate of a grid, which plain runs of other seeds
-choose. `symmetry_of` finds rescalings in both, and GL(d) in the GPT's attention heads. The arms:
+choose. `symmetry_of` finds rescalings in both, and GL(d) in the GPT's attention heads. The arms
+are below, in ARMS; a seed has the same initial weights and mini-batches in each. The comparison
+named beforehand is *ascend* − plain of the loss on data held out, after the last step, for the GPT
+with AdamW; all others are exploratory.
 
-    plain              no moves
-    ascend once        `teleport_` at step 50, until |∇L|² is ten times as large
-    ascend             one step of `teleport_` every ten steps: |T| is at most 0.02
-    random             every ten steps, each element exp(T) with a random T of |T| = 0.02
-    descend            one step of `teleport_` down |∇L|² every ten steps, which balances
-    larger rate        no moves; the rate grows as |∇L|² does by those of *ascend* with this seed
-    ascend, linear     as *ascend*, by the GPT's GL(d) alone
-    ascend, rescaling  as *ascend*, by its rescalings alone
-
-The comparison named beforehand is *ascend* − plain of the loss on data held out, after the last
-step, for the GPT with AdamW; all others are exploratory. Arms are paired: a seed has the same
-initial weights and mini-batches in each. Results go to logs/modules/, where an interrupted run
-resumes, and to figures/modules/.
+Results go to logs/modules/, where an interrupted run resumes, and to figures/modules/.
 """
 
 import sys
@@ -83,7 +74,8 @@ OPTIMIZERS = {
 }
 
 
-# Moves, between backward() and step(). Each returns the factor by which it changes |∇L|².
+# Moves, between backward() and step(). Each returns the factor by which it changes |∇L|²; growth is
+# that by which the move of the arm MIRRORED did.
 
 
 def ascend(model, symmetry, optimizer, rng, growth, **options):
@@ -106,7 +98,7 @@ def at_random(model, symmetry, optimizer, rng, growth):
 
 
 def raise_rate(model, symmetry, optimizer, rng, growth):
-    """Multiply the learning rate by the growth of |∇L|² in another arm, which it returns."""
+    """Multiply the learning rate by the growth."""
     for group in optimizer.param_groups:
         group["lr"] *= growth
     return growth
@@ -130,8 +122,8 @@ ARMS = {
     "ascend once": Arm(partial(ascend, until=GROWTH), moment=ONCE),
     "ascend": Arm(partial(ascend, length=LENGTH)),
     "random": Arm(at_random),
-    "descend": Arm(partial(ascend, length=-LENGTH)),
-    "larger rate": Arm(raise_rate),  # after *ascend*, whose growth it needs
+    "descend": Arm(partial(ascend, length=-LENGTH)),  # balances a network
+    "larger rate": Arm(raise_rate),  # no moves; after *ascend*, with whose |∇L|² the rate grows
     "ascend, linear": Arm(partial(ascend, length=LENGTH), kinds=(LINEAR,)),
     "ascend, rescaling": Arm(partial(ascend, length=LENGTH), kinds=(RESCALING,)),
 }
@@ -159,8 +151,7 @@ class Task(NamedTuple):
 
 def training_log(task, args):
     """Return the Log of a task."""
-    network = NETWORKS[task.network]
-    is_cpu = args.device.type == "cpu"
+    network, is_cpu = NETWORKS[task.network], args.device.type == "cpu"
     settings = task._asdict() | {
         "training": [network.dataset, network.batch, network.held_out, args.steps, EVALUATE],
         "moves": [EVERY, LENGTH, ONCE, GROWTH, MIRRORED],
@@ -169,9 +160,8 @@ def training_log(task, args):
     }
     name = f"{task.network}-{task.optimizer}-lr{task.lr:g}-{task.seed}-{len(task.arms)}arms.npz"
     folder = f"{args.steps}steps{'-sample' * args.sample}"
-    package = sorted((results.ROOT / "parameter_symmetries").glob("*.py"))
-    code = __file__, networks.__file__, *package
-    return results.Log(args.output / "logs" / "modules" / folder / name, settings, code)
+    path = args.output / "logs" / "modules" / folder / name
+    return results.Log(path, settings, (__file__, *networks.CODE))
 
 
 def compute(task, args, bar):
@@ -183,9 +173,8 @@ def compute(task, args, bar):
     symmetry = symmetry_of(network.build(x.shape[1:]), x)
 
     def step(state):
-        k = int(state["steps"])
-        mirrored = state["growth"][task.arms.index(MIRRORED)] if MIRRORED in task.arms[:k] else None
-        arm = ARMS[task.arms[k]]
+        done = dict(zip(task.arms, state.get("growth", ())))
+        arm, mirrored = ARMS[task.arms[len(done)]], done.get(MIRRORED)
         curves = train(task, arm, symmetry, train_data, test_data, args.steps, mirrored)
         return results.append(state, **curves)
 
@@ -197,7 +186,7 @@ def train(task, arm, symmetry, train_data, test_data, steps, mirrored):
 
     mirrored: the growth of the arm MIRRORED, if it was trained before. The curves:
 
-        test_loss, of the data held out, nan once a run has diverged: [evaluations]
+        test_loss: [evaluations], of the data held out; nan once a run has diverged
         seconds, move_seconds: [evaluations] since the last one, of training steps and of moves
         growth: [moves], what the moves return; 1 where there is none
     """
@@ -224,7 +213,8 @@ def train(task, arm, symmetry, train_data, test_data, steps, mirrored):
         if (k + 1) % EVALUATE == 0:
             curves["seconds"].append(clock(x.device) - begin - move_seconds)
             curves["move_seconds"].append(move_seconds)
-            curves["test_loss"].append(evaluate(model, *test_data))
+            curves["test_loss"].append(networks.evaluate(model.eval(), *test_data)[0])
+            model.train()
             begin, move_seconds = clock(x.device), 0
     return curves | {"growth": growth}
 
@@ -236,24 +226,10 @@ def clock(device):
     return time.perf_counter()
 
 
-def evaluate(model, x, y):
-    """Return a model's mean loss in evaluation mode."""
-    model.eval()
-    loss, _ = networks.evaluate(model, x, y)
-    model.train()
-    return loss
-
-
-def grid_tasks(network, optimizer):
-    """Return the tasks that choose a learning rate."""
-    rates, seeds = NETWORKS[network].grid[optimizer], models.run_seeds(GRID_RUNS)
-    return [Task(network, optimizer, lr, seed, ("plain",)) for lr, seed in product(rates, seeds)]
-
-
-def arm_tasks(network, optimizer, lr, runs):
-    """Return the tasks with all arms at a learning rate."""
-    arms, seeds = tuple(arms_of(network)), models.run_seeds(range(runs))
-    return [Task(network, optimizer, lr, seed, arms) for seed in seeds]
+def tasks_of(network, optimizer, rates, runs, arms):
+    """Return a Task for each learning rate and run."""
+    pairs = product(rates, models.run_seeds(runs))
+    return [Task(network, optimizer, lr, seed, tuple(arms)) for lr, seed in pairs]
 
 
 def grid_losses(tasks, args):
@@ -295,11 +271,10 @@ def cost(arrays):
 
 def summarise(arrays):
     """Return plain's losses, paired differences from them, and what moves do and cost."""
-    loss = by_arm(arrays, "test_loss")
+    loss, (step, moves) = by_arm(arrays, "test_loss"), cost(arrays)
     n = len(loss["plain"])
     rows = sorted({min(step // EVALUATE, n) for step in STEPS_SHOWN})
     pairs = [(arm, "plain") for arm in loss if arm != "plain"] + [(MIRRORED, "larger rate")]
-    step, moves = cost(arrays)
     growth = {arm: np.exp(np.log(g).sum(0).mean()) for arm, g in by_arm(arrays, "growth").items()}
     grid = dict(zip(arrays["grid"].tolist(), arrays["losses"].tolist()))
     return {
@@ -320,14 +295,13 @@ def at_equal_time(arrays):
     An arm's loss at a time is interpolated. Steps and moves are taken to last their `cost`, since
     processes that share a machine disturb each other.
     """
-    step, moves = cost(arrays)
-    loss = by_arm(arrays, "test_loss")
-    steps = EVALUATE * step * (1 + np.arange(len(loss["plain"])))
-    times = {arm: steps + moves[arm].cumsum() for arm in loss}
-    return steps, {
-        arm: np.stack([np.interp(steps, times[arm], curve, left=np.nan) for curve in values.T], 1)
-        for arm, values in loss.items()
-    }
+    (step, moves), losses = cost(arrays), by_arm(arrays, "test_loss")
+    seconds = EVALUATE * step * (1 + np.arange(len(losses["plain"])))
+    for arm, loss in losses.items():
+        times = seconds + moves[arm].cumsum()
+        curves = [np.interp(seconds, times, curve, left=np.nan) for curve in loss.T]
+        losses[arm] = np.stack(curves, 1)
+    return seconds, losses
 
 
 def table(summaries):
@@ -338,22 +312,24 @@ def table(summaries):
         rows.append([title, "plain", *losses, "", "", str(summary["diverged"]["plain"])])
         for pair, differences in summary["differences"].items():
             arm, other = pair.split(" − ")
-            row = [title, pair, *map(plots.difference_text, differences.values())]
-            effects = f"{summary['growth'][arm]:.3g}", f"{summary['time_of_moves'][arm]:.1%}"
-            effects += (str(summary["diverged"][arm]),)
-            rows.append([*row, *(effects if other == "plain" else ("", "", ""))])
+            effects = ["", "", ""]
+            if other == "plain":
+                growth, time_of_moves = summary["growth"][arm], summary["time_of_moves"][arm]
+                effects = [f"{growth:.3g}", f"{time_of_moves:.1%}", str(summary["diverged"][arm])]
+            texts = map(plots.difference_text, differences.values())
+            rows.append([title, pair, *texts, *effects])
         grid = [f"{lr:g}: {loss:.3f}" for lr, loss in summary["grid"].items()]
         rates.append([title, f"{summary['best']:g}", *grid])
     header = ["", "arm", *(f"loss held out, step {step}" for step in summary["plain"])]
     header += ["growth of gradient norm²", "time of moves", "diverged"]
-    places = max(map(len, rates)) - 2
+    empty = [""] * (max(map(len, rates)) - 3)
     return f"""{plots.markdown(header, rows)}
 Differences are in 10⁻³: paired means and 95 % intervals over runs that have not diverged. The
 comparison named beforehand is {PRIMARY}, after the last step, for the GPT with AdamW. The growth is
 by all moves together (of the rate, where that is larger); the time is relative to the training
 steps'.
 
-{plots.markdown(["", "learning rate", "grid: loss held out", *[""] * (places - 1)], rates)}"""
+{plots.markdown(["", "learning rate", "grid: loss held out", *empty], rates)}"""
 
 
 # Figures
@@ -371,13 +347,11 @@ def draw(path, arrays_of, against):
         x = EVALUATE * (1 + np.arange(len(loss["plain"])))
         if against == "seconds":
             x, loss = at_equal_time(arrays)
-        plain = loss.pop("plain")
-        plots.plot_differences(ax, x, loss, plain, COLORS)
+        plots.plot_differences(ax, x, loss, loss.pop("plain"), COLORS)
         ax.set(title=title, xlabel=against)
     for ax in panels[len(arrays_of) :]:
         ax.remove()
-    most = max(panels, key=lambda ax: len(ax.get_legend_handles_labels()[1]))
-    plots.legend_below(figure, most)
+    plots.legend_below(figure, panels[0])  # the GPT's, which has most arms
     figure.supylabel("loss held out − plain's, 95 % interval", size="medium")
     plots.save_figure(figure, path)
 
@@ -412,10 +386,15 @@ def main():
     if not args.plot_only:
         results.check_writable(folder)
         networks.make_data(args)
-        grids = {name: grid_tasks(*pair) for name, pair in pairs.items()}
+        grids, tasks, losses = {}, {}, {}
+        for name, (network, optimizer) in pairs.items():
+            rates = NETWORKS[network].grid[optimizer]
+            grids[name] = tasks_of(network, optimizer, rates, GRID_RUNS, ["plain"])
         train_all(grids, args)
-        losses = {name: grid_losses(tasks, args) for name, tasks in grids.items()}
-        tasks = {name: arm_tasks(*pairs[name], best(losses[name]), args.runs) for name in pairs}
+        for name, (network, optimizer) in pairs.items():
+            losses[name] = grid_losses(grids[name], args)
+            chosen, arms = [best(losses[name])], arms_of(network)
+            tasks[name] = tasks_of(network, optimizer, chosen, range(args.runs), arms)
         train_all(tasks, args)
         for name in pairs:
             results.save(folder / f"{name}.npz", collect(tasks[name], losses[name], args))

@@ -7,6 +7,7 @@ Python's standard library, are kept together in one file of 36 MB.
 import copy
 import functools
 import hashlib
+import io
 import sysconfig
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,6 +24,8 @@ import models
 from data import TITLES, load_data
 from experiment import results
 
+# what results with these networks depend on, beside the script
+CODE = __file__, *sorted((results.ROOT / "parameter_symmetries").glob("*.py"))
 IMAGES = {"train": 7000, "calibration": 1000, "test": 2000}
 WINDOWS = {"train": 20_000, "calibration": 100, "test": 256}  # of Python's standard library
 LENGTH = 128  # bytes of a window
@@ -186,9 +189,19 @@ def images(name, x, y):
 
 
 def load(dataset, part, args):
-    """Return inputs x, images [N, channels, side, side] or bytes [N, LENGTH], and targets y."""
-    arrays = np.load(data_file(args))
-    x, y = (torch.tensor(arrays[f"{dataset}_{part}_{key}"], device=args.device) for key in "xy")
+    """Return inputs x, images [N, channels, side, side] or bytes [N, LENGTH], and targets y.
+
+    Raises UserError if the file with all data is damaged.
+    """
+    path = data_file(args)
+    content = io.BytesIO(path.read_bytes())  # an error of the disk is not a damaged file
+    try:
+        with np.load(content) as arrays:
+            x, y = (arrays[f"{dataset}_{part}_{key}"] for key in "xy")
+    except Exception:  # zipfile and NumPy raise many kinds
+        sentence = f"{path} is damaged: delete it, then run the same command again."
+        raise results.UserError(sentence) from None
+    x, y = (torch.tensor(values, device=args.device) for values in (x, y))
     return (x.long() if dataset == "text" else x.float() / 255), y.long()
 
 

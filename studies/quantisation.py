@@ -5,18 +5,12 @@
     torchrun --nproc-per-node 10 studies/quantisation.py --device cuda:0    # processes share a GPU
 
 The networks of studies/networks.py are trained, and their batch norms folded into convolutions.
-Then all weights but embeddings are rounded to 8 … 2 bits, with a step for each tensor, each output
-channel, or each 32 inputs of a channel. The arms have the same function in float:
+The ARMS move them, which keeps their function. Then all weights but embeddings are rounded to 8 … 2
+bits, with a step for each tensor, each output channel, or each 32 inputs of a channel. The
+comparison named beforehand is the test loss of teleported − trained for 4 bits with a step for each
+channel, paired over five seeds.
 
-    trained      what training found
-    random       moved by random group elements
-    ranges       rescaled without gradients, to ranges that are small for the size of the weights
-    rescaled     rescaled to the least predicted rise of the loss (GPT: of GL(d) only the diagonal)
-    teleported   moved to it by all symmetries of the network (GPT: with GL(d) of attention heads)
-
-The comparison named beforehand is the test loss of teleported − trained for 4 bits with a step for
-each channel, paired over five seeds. Results go to logs/quantisation/, where an interrupted run
-resumes, and to figures/quantisation/.
+Results go to logs/quantisation/, where an interrupted run resumes, and to figures/quantisation/.
 """
 
 import copy
@@ -44,11 +38,14 @@ RANDOM = 1.0  # size of the logarithms of random group elements
 BITS = 8, 6, 5, 4, 3, 2
 PERS = {"tensor": "tensor", "channel": "channel", "32 inputs": 32}  # what shares a step
 ARMS = {
-    "trained": ("as trained", plots.BLACK),
-    "random": ("moved at random", plots.GREY),
-    "ranges": ("rescaled by ranges", plots.SKY),
-    "rescaled": ("rescaled", plots.GREEN),
-    "teleported": ("teleported", plots.RED),
+    "trained": {"label": "as trained", "color": plots.BLACK},
+    "random": {"label": "moved at random", "color": plots.GREY},
+    # without gradients, to ranges that are small for the size of the weights
+    "ranges": {"label": "rescaled by ranges", "color": plots.SKY},
+    # to the least predicted rise of the loss, by the diagonal matrices of the GPT's GL(d)
+    "rescaled": {"label": "rescaled", "color": plots.GREEN},
+    # to it by all symmetries
+    "teleported": {"label": "teleported", "color": plots.RED},
 }
 PRIMARY_BITS = 4
 COLUMNS = {"tensor": (6, 4, 3), "channel": (4, 3, 2), "32 inputs": (4, 3, 2)}  # of the table
@@ -77,7 +74,7 @@ def cells_log(task, args):
         "device": args.device.type,
     }
     path = args.output / "logs" / "quantisation" / f"{name}-{seed}{'-sample' * args.sample}.npz"
-    return results.Log(path, settings, (__file__, networks.__file__, rounding.__file__))
+    return results.Log(path, settings, (__file__, *networks.CODE))
 
 
 def compute(task, args, bar):
@@ -103,7 +100,6 @@ def compute(task, args, bar):
         return state
 
     results.resume(cells_log(task, args), start, step, len(plan), bar)
-    bar.update(len(ARMS) * len(PERS) - len(plan))
 
 
 def measure(model, arm, per, data, seed):
@@ -133,17 +129,14 @@ def diagonal(group, model):
     """Return a group with the diagonal matrices alone of its GL(d), as rescalings."""
     if group.kind == groups.RESCALING:
         return group
-    parameters = dict(model.named_parameters())
-
-    def of_units(axis):
+    parameters, axes = dict(model.named_parameters()), []
+    for axis in group.axes:
         shape = parameters[axis.name].shape
         length = math.prod(shape[dim] for dim in groups.dims_of(axis, shape))
-        index = torch.arange(length) if axis.index is None else axis.index.flatten()
-        member = groups.members_of(axis, group, length)[:, None].cpu() * group.size
-        member = (member + torch.arange(group.size)).flatten()
-        return axis._replace(index=index[:, None], member=member)
-
-    axes = [of_units(axis) for axis in group.axes]
+        index = torch.arange(length) if axis.index is None else axis.index
+        units = torch.arange(group.count * group.size).view(-1, group.size)
+        member = units[groups.members_of(axis, group, length).cpu()].flatten()
+        axes.append(axis._replace(index=index.view(-1, 1), member=member))
     return groups.Group(groups.RESCALING, group.count * group.size, 1, axes)
 
 
@@ -156,12 +149,11 @@ def collect(name, args):
     logs = [cells_log((name, seed), args) for seed in models.run_seeds(range(args.runs))]
     parts = [results.load(log, len(cells(name))) for log in logs]
     arms = list(dict.fromkeys(arm for arm, _ in cells(name)))
-    arrays = {"arms": arms, "pers": list(PERS), "bits": BITS}
-    for key in ("loss", "accuracy", "predicted_rise"):
-        of_runs = np.stack([part.arrays[key] for part in parts], -1)
-        arrays[key] = of_runs.reshape(len(arms), len(PERS), len(BITS), -1)
-        if key in ("loss", "accuracy"):
-            arrays[f"float_{key}"] = np.array([part.arrays[f"float_{key}"] for part in parts])
+    keys = "loss", "accuracy", "predicted_rise", "float_loss", "float_accuracy"
+    arrays = {key: np.stack([part.arrays[key] for part in parts], -1) for key in keys}
+    for key in keys[:3]:
+        arrays[key] = arrays[key].reshape(len(arms), len(PERS), len(BITS), -1)
+    arrays |= {"arms": arms, "pers": list(PERS), "bits": BITS}
     settings = parts[0].settings | {"runs": args.runs}
     del settings["seed"]
     return results.Result(arrays, settings, parts[0].made_with)
@@ -181,26 +173,23 @@ def summarise(arrays):
     All are arrays [pers, bits] for each arm.
     """
     loss, accuracy = by_arm(arrays, "loss"), by_arm(arrays, "accuracy")
+    moved = [arm for arm in loss if arm != "trained"]
     return {
         "float": {key: arrays[f"float_{key}"].mean() for key in ("loss", "accuracy")},
         "loss": {arm: values.mean(-1) for arm, values in loss.items()},
         "accuracy": {arm: values.mean(-1) for arm, values in accuracy.items()},
-        "differences": {
-            arm: statistics.paired_difference(values, loss["trained"])
-            for arm, values in loss.items()
-            if arm != "trained"
-        },
+        "differences": {a: statistics.paired_difference(loss[a], loss["trained"]) for a in moved},
     }
 
 
 def rises(arrays_of):
     """Return {arm: (predicted, true)}: the rises of the test loss in all cells of all networks."""
-    found = {arm: [] for arm in ARMS}
+    found = {}
     for arrays in arrays_of.values():
-        true = arrays["loss"] - arrays["float_loss"]
-        for arm, *pair in zip(arrays["arms"], arrays["predicted_rise"], true):
-            found[str(arm)].append(np.reshape(pair, (2, -1)))
-    return {arm: np.concatenate(pairs, 1) for arm, pairs in found.items() if pairs}
+        both = np.stack([arrays["predicted_rise"], arrays["loss"] - arrays["float_loss"]], 1)
+        for arm, pair in zip(arrays["arms"].tolist(), both):
+            found.setdefault(arm, []).append(pair.reshape(2, -1))
+    return {arm: np.concatenate(pairs, 1) for arm, pairs in found.items()}
 
 
 def agreement(rises_of):
@@ -215,46 +204,39 @@ def agreement(rises_of):
     return rows
 
 
+def columns(summary, key, arm):
+    """Return the numbers of a network's row: in float, then those of the COLUMNS."""
+    values = dict(zip(PERS, summary[key][arm]))
+    cells = [values[per][BITS.index(b)] for per, bits in COLUMNS.items() for b in bits]
+    return [f"{value:.3f}" for value in (summary["float"][key], *cells)]
+
+
 def table(summaries, decades):
     """Return the comparison named beforehand, all results, and predictions as Markdown."""
-
-    def difference(summary, i):
-        difference = summary["differences"]["teleported"]
-        j = BITS.index(PRIMARY_BITS)
-        return plots.difference_text({key: values[i, j] for key, values in difference.items()})
-
-    def row(title, summary, arm):
+    primary, everything, predictions = [], [], []
+    for title, summary in summaries.items():
+        cells = summary["differences"]["teleported"]
+        cells = {key: values[:, BITS.index(PRIMARY_BITS)] for key, values in cells.items()}
+        cells = [dict(zip(cells, numbers)) for numbers in zip(*cells.values())]
+        primary.append([title, *map(plots.difference_text, cells)])
         key = "loss" if "GPT" in title else "accuracy"
-        values = dict(zip(PERS, summary[key][arm]))
-        cells = [values[per][BITS.index(b)] for per, bits in COLUMNS.items() for b in bits]
-        return [title, ARMS[arm][0], *(f"{v:.3f}" for v in (summary["float"][key], *cells))]
+        for arm in summary["loss"]:
+            everything.append([title, ARMS[arm]["label"], *columns(summary, key, arm)])
+    for d, row in decades.items():
+        numbers = str(row["cells"]), f"{row['median']:.2f}", f"{row['within']:.0%}"
+        predictions.append([f"{10.0**d:g} to {10.0 ** (d + 1):g}", *numbers])
+    header = [f"{per}: {b} bits" for per, bits in COLUMNS.items() for b in bits]
+    ratio = "true / predicted (median)", "within a factor of 2"
+    return f"""Test loss, teleported − trained, for {PRIMARY_BITS} bits, in 10⁻³: paired means and \
+95 % intervals. The comparison named beforehand is that for each channel.
 
-    primary = plots.markdown(
-        ["", *(f"a step for each {per}" for per in PERS)],
-        [[title, *(difference(s, i) for i in range(len(PERS)))] for title, s in summaries.items()],
-    )
-    everything = plots.markdown(
-        [
-            "",
-            "arm",
-            "in float",
-            *(f"{per}: {b} bits" for per, bits in COLUMNS.items() for b in bits),
-        ],
-        [row(title, s, arm) for title, s in summaries.items() for arm in s["loss"]],
-    )
-    predictions = plots.markdown(
-        ["predicted rise", "cells", "true / predicted (median)", "within a factor of 2"],
-        [
-            [f"{10.0**d:g} to {10.0 ** (d + 1):g}", str(n), f"{median:.2f}", f"{within:.0%}"]
-            for d, (n, median, within) in ((d, r.values()) for d, r in decades.items())
-        ],
-    )
-    return (
-        f"Test loss, teleported − trained, for {PRIMARY_BITS} bits, in 10⁻³: paired means and 95 % "
-        f"intervals. The comparison named beforehand is that for each channel.\n\n{primary}"
-        f"\nTest accuracy (GPT: test loss), mean over runs:\n\n{everything}"
-        f"\nRise of the test loss in all cells:\n\n{predictions}"
-    )
+{plots.markdown(["", *(f"a step for each {per}" for per in PERS)], primary)}
+Test accuracy (GPT: test loss), mean over runs:
+
+{plots.markdown(["", "arm", "in float", *header], everything)}
+Rise of the test loss in all cells:
+
+{plots.markdown(["predicted rise", "cells", *ratio], predictions)}"""
 
 
 # Figures
@@ -269,14 +251,12 @@ def draw_bits(path, arrays_of, per):
     for axes, (title, arrays) in zip(panels, arrays_of.items()):
         key = "loss" if "GPT" in title else "accuracy"
         for arm, values in by_arm(arrays, key).items():
-            marker = plots.MARKERS[list(ARMS).index(arm)]
-            style = dict(zip(("label", "color"), ARMS[arm]), marker=marker, ms=4)
+            style = ARMS[arm] | {"marker": plots.MARKERS[list(ARMS).index(arm)], "ms": 4}
             plots.plot_mean(axes, range(len(BITS)), values[list(PERS).index(per)], **style)
         axes.axhline(arrays[f"float_{key}"].mean(), color=plots.GREY, lw=0.8, ls=":")
         axes.set(title=title, xlabel="bits", ylabel=f"test {key}")
         axes.set_xticks(range(len(BITS)), BITS)
-    most = max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
-    plots.legend_below(figure, most, columns=5)
+    plots.legend_below(figure, panels[0], columns=5)  # the GPT's, which has all arms
     figure.suptitle(f"Weights rounded with a step for each {per}")
     plots.save_figure(figure, path)
 
@@ -286,8 +266,7 @@ def draw_rises(path, rises_of):
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for arm, (predicted, true) in rises_of.items():
-        style = dict(zip(("label", "color"), ARMS[arm]))
-        axes.scatter(predicted, true, s=6, alpha=0.5, lw=0, **style)
+        axes.scatter(predicted, true, s=6, alpha=0.5, lw=0, **ARMS[arm])
     axes.plot((1e-4, 10), (1e-4, 10), color=plots.BLACK, lw=0.8)
     axes.set(xscale="log", yscale="log", xlim=(1e-4, 1e3), ylim=(1e-4, 100))
     axes.set(xlabel="predicted rise of the test loss", ylabel="true rise")
@@ -316,21 +295,19 @@ def main():
         networks.make_data(args)
         tasks = list(product(args.network, models.run_seeds(range(args.runs))))
         results.warn_of_other_code([cells_log(task, args) for task in tasks])
-        run.run_tasks(compute, tasks, args, len(ARMS) * len(PERS), "cell")
+        run.run_tasks(compute, tasks, args, [len(cells(name)) for name, _ in tasks], "cell")
         for name in args.network:
             results.save(folder / f"{name}.npz", collect(name, args))
 
     parts = results.read_all(folder, NETWORKS, required=args.network)
     arrays = {NETWORKS[name].title: part.arrays for name, part in parts.items()}
-    summaries = {title: summarise(values) for title, values in arrays.items()}
+    summaries = {}
+    for name, part in parts.items():
+        about = {"settings": part.settings, "made_with": part.made_with}
+        summaries[NETWORKS[name].title] = about | summarise(part.arrays)
     rises_of = rises(arrays)
     decades = agreement(rises_of)
-    about = {
-        NETWORKS[n].title: {"settings": p.settings, "made_with": p.made_with}
-        for n, p in parts.items()
-    }
-    summary = {title: about[title] | summaries[title] for title in arrays}
-    results.save_json(folder / "summary.json", summary | {"agreement": decades})
+    results.save_json(folder / "summary.json", summaries | {"agreement": decades})
     results.save_text(folder / "table.md", table(summaries, decades))
     for per in PERS:
         draw_bits(folder / f"bits_{per.replace(' ', '_')}", arrays, per)

@@ -10,16 +10,18 @@ import pytest
 from experiment.results import ROOT
 
 SCRIPT = """
+import sys
+sys.path.insert(1, {target!r})
+import pathlib
 import pickle
 import models
+import parameter_symmetries
 import torch
 from torch import nn
-from parameter_symmetries import (
-    RESCALING, Axis, Group, act_on, check_symmetry, symmetry_of, teleport_, teleport_to
-)
+from parameter_symmetries import RESCALING, Axis, Group, check_symmetry, symmetry_of, teleport_
 
 assert models.mine
-assert str(pathlib.Path(parameter_symmetries.__file__).parent.parent) == target
+assert str(pathlib.Path(parameter_symmetries.__file__).parent.parent) == {target!r}
 model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 x, y = torch.rand(5, 3), torch.tensor([0, 1, 0, 1, 1])
 axes = [Axis("0.weight", 0), Axis("0.bias", 0), Axis("2.weight", 1, -1)]
@@ -51,8 +53,7 @@ def target(tmp_path_factory):
 
 def test_it_is_installed_alone_and_does_not_meet_modules_of_other_projects(target, tmp_path):
     (tmp_path / "models.py").write_text("mine = True\n", encoding="utf-8")
-    setup = f"import pathlib, sys\ntarget = {str(target)!r}\nsys.path.insert(1, target)\n"
-    script = setup + "import parameter_symmetries\n" + SCRIPT
+    script = SCRIPT.format(target=str(target))
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     command = [sys.executable, "script.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

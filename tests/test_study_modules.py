@@ -10,6 +10,7 @@ from torch import nn
 
 import modules as study
 import networks
+from conftest import bar_until
 from experiment import results
 from networks import GPT, BasicBlock, convolution, loss_of
 from parameter_symmetries import symmetry_of
@@ -63,15 +64,9 @@ def task(name="GPT", optimizer="SGD", lr=0.1):
     return study.Task(name, optimizer, lr, 7, tuple(study.arms_of(name)))
 
 
-def trained(task, args, updates=None):
+def trained(task, args, updates=100):
     """Compute a task, interrupted after some updates; return its arrays."""
-    count = iter(range(100))
-
-    def update(n=1):
-        if next(count) + 1 == updates:
-            raise KeyboardInterrupt
-
-    study.compute(task, args, SimpleNamespace(update=update))
+    study.compute(task, args, bar_until(updates))
     return results.load(study.training_log(task, args), len(task.arms)).arrays
 
 
@@ -80,18 +75,15 @@ def in_double(name):
     torch.manual_seed(0)
     is_text = name == "GPT"
     x = torch.randint(256, (3, 16)) if is_text else torch.rand(5, 3, 32, 32)
-    y = torch.randint(10, x.shape if is_text else (5,))
+    batch = x if is_text else x.double(), torch.randint(10, x.shape if is_text else (5,))
     model = study.NETWORKS[name].build(x.shape[1:])
     symmetry = symmetry_of(model, x[:2])
-    model, x = model.double(), x if is_text else x.double()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss_of(model, (x, y)).backward()
-        optimizer.step()
+    optimizer = torch.optim.SGD(model.double().parameters(), 0.1, momentum=0.9)
+    loss_of(model, batch).backward()
+    optimizer.step()
     optimizer.zero_grad()
-    loss_of(model, (x, y)).backward()
-    return model, symmetry, optimizer, (x, y)
+    loss_of(model, batch).backward()
+    return model, symmetry, optimizer, batch
 
 
 @pytest.mark.parametrize("arm", ["ascend once", "ascend", "random", "descend"])
@@ -125,21 +117,23 @@ def test_arms_are_one_until_they_move_and_then_differ(args):
 
 
 def test_a_task_that_is_killed_ends_with_the_same_numbers(args, tmp_path):
-    whole = trained(task("ResNet", "AdamW", 0.01), args)
-    study.training_log(task("ResNet", "AdamW", 0.01), args).path.unlink()
+    resnet = task("ResNet", "AdamW", 0.01)
+    whole = trained(resnet, args)
+    study.training_log(resnet, args).path.unlink()
     with pytest.raises(KeyboardInterrupt):
-        trained(task("ResNet", "AdamW", 0.01), args, updates=4)
-    resumed = trained(task("ResNet", "AdamW", 0.01), args)
+        trained(resnet, args, updates=4)
+    resumed = trained(resnet, args)
     for key in ("test_loss", "growth"):
         np.testing.assert_array_equal(whole[key], resumed[key])
 
 
 def test_a_larger_rate_without_growth_is_plain(args):
     data = [networks.load("text", part, args) for part in ("train", "test")]
-    arguments = [], *data, STEPS
-    plain = study.train(task(), study.ARMS["plain"], *arguments, None)["test_loss"]
-    same = study.train(task(), study.ARMS["larger rate"], *arguments, np.ones(5))["test_loss"]
-    twice = study.train(task(), study.ARMS["larger rate"], *arguments, np.full(5, 2.0))["test_loss"]
+    runs = ("plain", None), ("larger rate", np.ones(5)), ("larger rate", np.full(5, 2.0))
+    plain, same, twice = (
+        study.train(task(), study.ARMS[arm], [], *data, STEPS, growth)["test_loss"]
+        for arm, growth in runs
+    )
     assert same == plain and twice != plain
 
 
@@ -160,17 +154,12 @@ def test_the_study_ends_with_a_table_and_is_drawn_again(call, args, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
-def test_the_best_rate_is_none_at_which_runs_diverge():
-    assert study.best({0.1: 2.0, 0.2: 1.5, 0.5: float("nan")}) == 0.2
-
-
 def test_at_equal_times_arms_have_made_fewer_steps_the_more_their_moves_last():
     evaluations = np.arange(1.0, 7)
     loss = np.broadcast_to(10 - evaluations[:, None, None], (6, 2, 3))  # falls by 1 each time
     moves = np.stack([np.zeros((6, 3)), np.full((6, 3), 0.5)], 1)
-    seconds = np.ones((6, 2, 3))
     arrays = {"arms": np.array(["plain", "ascend"]), "test_loss": loss}
-    arrays |= {"seconds": seconds, "move_seconds": moves}
+    arrays |= {"seconds": np.ones((6, 2, 3)), "move_seconds": moves}
     times, at = study.at_equal_time(arrays)
     np.testing.assert_allclose(times, evaluations)
     np.testing.assert_allclose(at["plain"], loss[:, 0])
