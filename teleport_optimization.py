@@ -14,11 +14,12 @@ what the two do:
     reset       a new optimizer at the same moments, no teleports
     random      random moves along the orbit, of the same length as teleports; a new optimizer
 
-Training goes to logs/optimization/; an interrupted run resumes from there with the same numbers.
-The curves of each arm and run go to figures/optimization/<dataset>/<optimizer>.npz.
+An interrupted run resumes from logs/optimization/ with the same numbers. The curves of each arm and
+run go to figures/optimization/<dataset>/<optimizer>.npz.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -48,7 +49,6 @@ STEPS = 10  # of ascent in a teleport
 CAP = 100.0  # a teleport goes no further where |∇L|² is larger
 TELEPORT_BATCH = 200  # training images, drawn anew for each move
 EPOCHS_SHOWN = 1, 5, 10, 40  # in the table
-PANELS = "AdaGrad", "momentum", "RMSprop", "Adam"  # of Figures 5 and 13
 PRIMARY = "teleport − plain"  # after the last epoch: the comparison named beforehand
 ARM_COLUMNS = {  # of the table: what `summarise` says of an arm, its heading and its format
     "diverged": ("diverged", "d"),
@@ -82,6 +82,7 @@ OPTIMIZERS = {
     "RMSprop": Setting(RMSprop, 1e-4, 0, 5e-2),
     "Adam": Setting(partial(Adam, fused=True), 1e-4, 0, 5e-2),
 }
+PANELS = [name for name in OPTIMIZERS if name != "SGD"]  # of Figures 5 and 13
 
 
 # Arms
@@ -119,65 +120,46 @@ ARMS = {
 # Computation
 
 
-class Stack(NamedTuple):
-    """Arms with an optimizer on a dataset, whose runs are trained as one stack [arms, runs]."""
-
-    dataset: str
-    optimizer: str
-    arms: tuple  # names
-
-
 def split(arms):
     """Return the names of arms that can be one stack: those that keep or renew the optimizer."""
-    kept = tuple(name for name, arm in arms.items() if not arm.new_optimizer)
-    renewed = tuple(name for name, arm in arms.items() if arm.new_optimizer)
+    kept = [name for name, arm in arms.items() if not arm.new_optimizer]
+    renewed = [name for name, arm in arms.items() if arm.new_optimizer]
     return [names for names in (kept, renewed) if names]
 
 
-def stacks(args):
-    """Return the stacks of the optimizers asked for."""
-    return [Stack(args.dataset, name, arms) for name in args.optimizer for arms in split(ARMS)]
-
-
-def training_settings(dataset, setting, args):
-    """Return the settings of a training with a Setting's optimizer, but for the arms."""
-    return {
-        "dataset": dataset,
+def training_log(optimizer, setting, arms, args):
+    """Return the Log of a stack: some arms, by name, with an optimizer and its Setting."""
+    settings = {
+        "dataset": args.dataset,
+        "optimizer": optimizer,
+        "arms": arms,
         "sample": args.sample,
         "seeds": models.run_seeds(range(args.runs)),
-        "widths": models.TRAINING[dataset].widths,
+        "widths": models.TRAINING[args.dataset].widths,
         "activation": str(ACTIVATION),
-        "action": ACTION.act.__name__,
+        "action": ACTION.name,
         "batch": models.BATCH,
         "epochs": args.epochs,
         "device": args.device.type,
         "optimizer_defaults": setting.optimizer([torch.zeros(1)], setting.lr).defaults,
         "moves": [setting.epoch, setting.ascent_lr, MOVES, STEPS, CAP, TELEPORT_BATCH],
     }
+    folder = f"{args.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
+    path = args.output / "logs" / "optimization" / folder / f"{'-'.join([optimizer, *arms])}.npz"
+    return results.Log(path, settings, (__file__,))
 
 
-def training_log(stack, args):
-    """Return the Log of a stack's training."""
-    settings = training_settings(stack.dataset, OPTIMIZERS[stack.optimizer], args)
-    folder = f"{stack.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
-    name = f"{'-'.join([stack.optimizer, *stack.arms])}.npz"
-    path = args.output / "logs" / "optimization" / folder / name
-    return results.Log(path, settings | stack._asdict(), (__file__,))
+def train(log, args, bar):
+    """Train the stack of a Log; its arms move before the first mini-batches of an epoch."""
+    setting, arms = OPTIMIZERS[log.settings["optimizer"]], log.settings["arms"]
+    train_arms(log, setting, {name: ARMS[name] for name in arms}, args, bar)
 
 
-def train(stack, args, bar):
-    """Train the arms of a stack; they move before the first mini-batches of the published epoch."""
-    setting, arms = OPTIMIZERS[stack.optimizer], {name: ARMS[name] for name in stack.arms}
-    moving = [name for name, arm in arms.items() if arm.move]
-    moments = {setting.epoch: {k: dict.fromkeys(moving, k) for k in range(MOVES)}}
-    train_arms(training_log(stack, args), stack.dataset, setting, arms, moments, args, bar)
+def train_arms(log, setting, arms, args, bar, moments=None):
+    """Train arms, {name: Arm}, as one stack [arms, runs]; resumes from its Log.
 
-
-def train_arms(log, dataset, setting, arms, moments, args, bar):
-    """Train arms, {name: Arm}, as one stack; resumes from its Log.
-
-    moments: {epoch: {mini-batch: {arm's name: k}}}, before which arms make their k-th moves. Saves
-    the weights, the optimizer's state, and
+    moments: {epoch: {mini-batch: {arm's name: k}}}, before which arms make their k-th moves; None:
+    the published ones. Saves the weights, the optimizer's state, and
 
         train_loss (the mean over each epoch), test_loss, test_accuracy: [epochs, arms, runs]
         moves: [moments, arms, 4, runs], as `move_arms` measures them
@@ -187,11 +169,14 @@ def train_arms(log, dataset, setting, arms, moments, args, bar):
     The curves and moves of a run that diverged are nan from there on. Raises UserError where all
     runs diverge.
     """
-    data = load_data(dataset, args)
+    if moments is None:
+        moving = [name for name, arm in arms.items() if arm.move]
+        moments = {setting.epoch: {k: dict.fromkeys(moving, k) for k in range(MOVES)}}
+    data = load_data(args.dataset, args)
 
     def start():
         seeds = models.run_seeds(range(args.runs))
-        weights = models.init_weights(models.TRAINING[dataset].widths, seeds)
+        weights = models.init_weights(models.TRAINING[args.dataset].widths, seeds)
         moves = np.empty((0, len(arms), 4, args.runs), np.float32)
         state = {"moves": moves, "diverged": np.zeros((len(arms), args.runs), bool)}
         return state | models.to_arrays(w.expand(len(arms), *w.shape) for w in weights)
@@ -210,14 +195,13 @@ def train_arms(log, dataset, setting, arms, moments, args, bar):
 def train_epoch(state, data, setting, arms, moments):
     """Return the state of a stack, as `train_arms` saves it, after one epoch more.
 
-    moments: {mini-batch: {arm's name: k}}, before which arms make their k-th moves in this epoch,
-    and get a new optimizer if they have one. Raises ValueError where all runs diverge.
+    moments: of this epoch. After each of them arms get a new optimizer, if they have one. Raises
+    ValueError where all runs diverge.
     """
     device, batches = data.x_train.device, ceil(len(data.x_train) / models.BATCH)
     model = models.MLP(models.from_arrays(state, device), ACTIVATION)
     optimizer = setting.optimizer(model.parameters(), setting.lr)
     models.optimizer_from_arrays(optimizer, state)
-    new_optimizer = any(arm.new_optimizer for arm in arms.values())
     diverged = torch.tensor(state["diverged"], device=device)
     loss, seconds, move_seconds = 0, 0, np.zeros(len(arms))
     for first, end in pairwise(sorted({0, *moments, batches})):
@@ -226,7 +210,7 @@ def train_epoch(state, data, setting, arms, moments):
             models.replace_diverged(model.weights, diverged)
             state = results.append(state, moves=moves.masked_fill(diverged[:, None], torch.nan))
             move_seconds += spent
-            if new_optimizer:
+            if any(arm.new_optimizer for arm in arms.values()):
                 optimizer = setting.optimizer(model.parameters(), setting.lr)
         begin, rows = time.perf_counter(), slice(first * models.BATCH, end * models.BATCH)
         x, y = data.x_train[rows], data.y_train[rows]
@@ -250,14 +234,13 @@ def move_arms(weights, arms, moving, data, ascent_lr):
     """
     shape = len(arms), 4, weights[0].shape[1]
     measured, seconds = weights[0].new_full(shape, torch.nan), np.zeros(len(arms))
-    for i, (name, arm) in enumerate(arms.items()):
+    for i, name in enumerate(arms):
         if name in moving:
-            k = moving[name]
-            x, y = shuffled_batch(data, TELEPORT_BATCH, k)
-            rng = torch.Generator().manual_seed(models.SEED + k)
+            x, y = shuffled_batch(data, TELEPORT_BATCH, moving[name])
+            rng = torch.Generator().manual_seed(models.SEED + moving[name])
             before = [w[i].clone() for w in weights]
             begin = time.perf_counter()
-            after = arm.move(before, x, y, ascent_lr, rng)
+            after = arms[name].move(before, x, y, ascent_lr, rng)
             seconds[i] = time.perf_counter() - begin
             for w, moved in zip(weights, after):
                 w[i] = moved
@@ -268,12 +251,22 @@ def move_arms(weights, arms, moving, data, ascent_lr):
     return measured, seconds
 
 
+def compute(train, logs, args, folder):
+    """Train stacks and save the Results; logs: {name of a Result: the Logs of its stacks}."""
+    results.check_writable(folder)
+    load_data(args.dataset, args)  # fetches it, if it is missing, before the workers start
+    tasks = [log for part in logs.values() for log in part]
+    results.warn_of_other_code(tasks)
+    run.run_tasks(train, tasks, args, args.epochs, "epoch")
+    for name, part in logs.items():
+        results.save(folder / f"{name}.npz", collect(part, args))
+
+
 def collect(logs, args):
     """Return the Result of an optimizer: the arms of its stacks, whose Logs these are, together.
 
-    Arrays: train_loss, test_loss, test_accuracy: [epochs, arms, runs]; moves: [moments, arms, 4,
-    runs], as `move_arms` measures them; move_seconds: [arms]; seconds: [epochs, arms], when an
-    arm's runs, trained as one stack, end each epoch; arms: their names.
+    Its arrays are those of `train_arms`, but for move_seconds: [arms], and seconds: [epochs, arms],
+    when an arm's runs, trained as one stack, end each epoch. `arms` are the names.
     """
     parts = [results.load(log, args.epochs) for log in logs]
     states = [part.arrays for part in parts]
@@ -326,32 +319,35 @@ def summarise_moves(moves):
     A teleport is not made where |∇L|² is above the CAP. `median_factor` is that of |∇L|² over the
     teleports that are made.
     """
-    measured = moves.swapaxes(1, 2)[np.isfinite(moves).all(1)]
-    if not measured.size:
-        keys = "share_of_moves_made", "median_factor", "mean_change_of_loss"
-        return dict.fromkeys(keys, np.nan)
-    loss, norm, new_loss, new_norm = measured.T
+    loss, norm, new_loss, new_norm = moves.swapaxes(1, 2)[np.isfinite(moves).all(1)].T
     changed = new_norm != norm
-    return {
-        "share_of_moves_made": changed.mean(),
-        "median_factor": np.median((new_norm / norm)[changed]) if changed.any() else np.nan,
-        "mean_change_of_loss": (new_loss - loss).mean(dtype=float),
-    }
+    with warnings.catch_warnings():  # of means of nothing
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return {
+            "share_of_moves_made": changed.mean(),
+            "median_factor": np.median((new_norm / norm)[changed]),
+            "mean_change_of_loss": (new_loss - loss).mean(dtype=float),
+        }
 
 
 def table(title, summaries, primary):
     """Return the test losses, their differences and the moves as Markdown, a row for each arm."""
+
+    def cells(entry):
+        values = [(entry.get(key, np.nan), form) for key, (_, form) in ARM_COLUMNS.items()]
+        return ["–" if np.isnan(v) else format(v, form).replace("-", "−") for v, form in values]
+
     rows = []
     for label, summary in summaries.items():
         losses, arms = summary["plain"], summary["arms"]
         last = max(losses)
-        row = [label, "plain", *(f"{loss:.3f}" for loss in losses.values()), ""]
-        rows.append(row + arm_cells(arms["plain"]))
+        texts = (f"{loss:.3f}" for loss in losses.values())
+        rows.append([label, "plain", *texts, "", *cells(arms["plain"])])
         entries = {f"{arm} − plain": entry for arm, entry in arms.items()}
         for pair, after in summary["differences"].items():
             differences = [*after.values(), summary["training"][pair][last]]
-            row = [label, pair, *map(plots.difference_text, differences)]
-            rows.append(row + arm_cells(entries.get(pair, {})))
+            texts = map(plots.difference_text, differences)
+            rows.append([label, pair, *texts, *cells(entries.get(pair, {}))])
     header = [title, "arm", *(f"test loss, epoch {epoch}" for epoch in losses)]
     header += [f"training loss, epoch {last}", *(name for name, _ in ARM_COLUMNS.values())]
     return f"""{plots.markdown(header, rows)}
@@ -359,14 +355,6 @@ Differences are in 10⁻³: paired means over the runs that have not diverged, a
 The comparison named beforehand is {primary} after the last epoch; the others are exploratory.
 A teleport is not made where |∇L|² is above the cap. The factor is a median, the change a mean.
 """
-
-
-def arm_cells(entry):
-    """Return what a table says of an arm beside its losses; – where there is nothing to say."""
-    return [
-        "–" if np.isnan(entry.get(key, np.nan)) else format(entry[key], form).replace("-", "−")
-        for key, (_, form) in ARM_COLUMNS.items()
-    ]
 
 
 # Figures
@@ -407,19 +395,30 @@ def draw_differences(path, arrays):
 # The script
 
 
-def parse_arguments():
-    parser = run.experiment_parser(__doc__)
-    add, number, names = parser.add_argument, run.whole_number, list(OPTIMIZERS)
+def parse_arguments(parser=None, optimizers=tuple(OPTIMIZERS)):
+    """Return the options; parser: another script's; optimizers: which are the default."""
+    parser = parser or run.experiment_parser(__doc__)
+    add, number = parser.add_argument, run.whole_number
     add("--dataset", choices=models.TRAINING, default="MNIST", help="which dataset")
-    add("--optimizer", nargs="+", choices=names, default=names, help="which optimizers")
+    names = {"nargs": "+", "choices": OPTIMIZERS, "default": optimizers}
+    add("--optimizer", **names, help="which optimizers")
     add("--runs", type=number(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
     add("--epochs", type=number(1), default=DEFAULTS["epochs"], help="passes over the images")
     args = parser.parse_args()
-    args.optimizer = list(dict.fromkeys(args.optimizer))
     least = max(1 + OPTIMIZERS[name].epoch for name in args.optimizer)
     if args.epochs < least:
         parser.error(f"the teleports are in epoch {least}: choose at least {least} --epochs")
     return args
+
+
+def write_up(folder, dataset, parts, primary, figure):
+    """Write the tables of Results {title: Result} and a figure of all arms; return the table."""
+    summaries = {title: summarise(part.arrays) for title, part in parts.items()}
+    results.save_summaries(folder / "summary.json", parts, summaries)
+    text = table(TITLES[dataset], summaries, primary)
+    results.save_text(folder / "table.md", text)
+    draw_differences(folder / figure, {title: part.arrays for title, part in parts.items()})
+    return text
 
 
 def main():
@@ -427,26 +426,18 @@ def main():
     figures = run.figures_folder(args, DEFAULTS)
     folder = figures / "optimization" / args.dataset
     if not args.plot_only:
-        results.check_writable(folder)
-        load_data(args.dataset, args)  # fetches it, if it is missing, before the workers start
-        logs = {stack: training_log(stack, args) for stack in stacks(args)}
-        results.warn_of_other_code(logs.values())
-        run.run_tasks(train, list(logs), args, args.epochs, "epoch")
-        for name in args.optimizer:
-            parts = [log for stack, log in logs.items() if stack.optimizer == name]
-            results.save(folder / f"{name}.npz", collect(parts, args))
+        logs = {
+            name: [training_log(name, OPTIMIZERS[name], arms, args) for arms in split(ARMS)]
+            for name in args.optimizer
+        }
+        compute(train, logs, args, folder)
 
     parts = results.read_all(folder, OPTIMIZERS, required=args.optimizer)
-    arrays = {name: part.arrays for name, part in parts.items()}
-    summaries = {name: summarise(values) for name, values in arrays.items()}
-    results.save_summaries(folder / "summary.json", parts, summaries)
-    text = table(TITLES[args.dataset], summaries, PRIMARY)
-    results.save_text(folder / "table.md", text)
+    text = write_up(folder, args.dataset, parts, PRIMARY, "controls")
     top = figures if args.dataset == "MNIST" else folder  # the paper's figures are of MNIST
-    if panels := {name: arrays[name] for name in PANELS if name in arrays}:
+    if panels := {name: parts[name].arrays for name in PANELS if name in parts}:
         draw(top / "figure_5", args.dataset, panels, "epoch")
         draw(top / "figure_13", args.dataset, panels, "time (s)")
-    draw_differences(folder / "controls", arrays)
     print(f"\n{text}\nFigures 5 and 13: {top}\nAll arms, and each run: {folder}")
 
 

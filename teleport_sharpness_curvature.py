@@ -15,12 +15,13 @@ first mini-batches, and go on with SGD. The paper has the first five arms; two a
     refit                                     the pseudoinverse action with g = I alone
 
 Sharpness φ and curvature ψ, which are measured after each epoch, are Table 1's. Training goes to
-logs/generalization/; an interrupted run resumes from there, even between two teleports.
+logs/generalization/; an interrupted run resumes from there.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -66,18 +67,14 @@ COLORS = plots.BLACK, plots.BLUE, plots.RED, plots.GREY, plots.GREEN
 
 
 class Setting(NamedTuple):
-    """How a dataset's networks are trained, teleported and measured.
-
-    teleport_lr and teleports have an entry for each arm of CLAIMS, in their order; stop has one for
-    each of the first two, those in sharpness.
-    """
+    """How a dataset's networks are trained, teleported and measured."""
 
     widths: tuple
     lr: float
-    teleport_lr: tuple  # on T (sharpness) or t (curvature); negative to decrease
-    teleports: tuple = (10, 2, 5, 5)  # mini-batches with one before them
-    # a network stops where the published objective is above this; published: 2.0 twice, but then
-    # two in five networks on CIFAR-10 would not begin to decrease it
+    teleport_lr: tuple  # of each arm of CLAIMS, on T or t; negative to decrease
+    teleports: tuple = (10, 2, 5, 5)  # of each: mini-batches with one before them
+    # of the arms in sharpness: a network stops where the published objective is above this;
+    # published: 2.0 twice, but then two in five networks on CIFAR-10 would not begin to decrease it
     stop: tuple = (4.0, 2.0)
     max_t_norm: float = 10.0  # |T|_F of a step in sharpness, so that none leaves float32
     max_tm_norm: float = 1.0  # |tM|_F of a step in curvature, likewise: dκ/dt may be 10 and more
@@ -113,22 +110,19 @@ class Stack(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Arms, the first of which is plain SGD, and how they move."""
+    """Arms, the first of which is plain SGD, how they move, and what is said of them."""
 
     name: str  # of its folders
     arms: tuple
     move: Callable  # (weights [arms, runs, …], x, y, k, stack): moves the arms in place
+    claims: dict  # {arm: a value of CLAIMS}
+    controls: dict  # {arm: the arm that it is compared with, beside plain}
+    panels: dict  # {quantity: the arms in its panels}
     code: tuple  # the files that determine it, beside the core
 
 
 # Moves. x: [d_0, n] and y: [n] are the batch of the moves before the k-th mini-batch, which all
 # arms and runs share.
-
-
-def generator(k, setting):
-    """Return M [d, d] of the curve exp(tM) along which the k-th curvature teleports move."""
-    d = setting.widths[setting.pair + 1]
-    return torch.rand(d, d, generator=torch.Generator().manual_seed(models.SEED + k))
 
 
 def perturbed_loss(weights, x, y, k, setting):
@@ -137,6 +131,12 @@ def perturbed_loss(weights, x, y, k, setting):
     rng = torch.Generator().manual_seed(models.SEED + k)
     directions = random_directions(setting.widths, radii, rng)
     return sharpness(weights, x, y, [d.to(x) for d in directions], ACTIVATION)
+
+
+def generator(k, setting):
+    """Return M [d, d] of the curve exp(tM) along which the k-th curvature teleports move."""
+    d = setting.widths[setting.pair + 1]
+    return torch.rand(d, d, generator=torch.Generator().manual_seed(models.SEED + k))
 
 
 def kappa(weights, x, k, setting):
@@ -164,30 +164,21 @@ def teleport_arms(weights, x, y, k, setting):
     Returns the group elements of sharpness decrease: [runs, d, d] for each pair, or None.
     """
     lr, stop = (torch.tensor(v)[:, None].to(x) for v in (setting.teleport_lr, setting.stop))
-    elements = None
     going = [i for i, number in enumerate(setting.teleports) if k < number]
-    if arms := [i for i in going if i < len(stop)]:
+    elements = None
+    if arms := [i for i in going if i < len(stop)]:  # in sharpness
+        stack, rates = [w[arms] for w in weights], PUBLISHED_SCALE * lr[arms]
+        draws = setting.sharpness_steps, setting.radii, setting.directions, k
+        limits = stop[arms] / PUBLISHED_SCALE, setting.max_t_norm
         moved, path = teleport_sharpness(
-            [w[arms] for w in weights],
-            x,
-            y,
-            lr=PUBLISHED_SCALE * lr[arms],
-            steps=setting.sharpness_steps,
-            radii=setting.radii,
-            per_radius=setting.directions,
-            seed=k,
-            activation=ACTIVATION,
-            stop=stop[arms] / PUBLISHED_SCALE,
-            max_norm=setting.max_t_norm,
-            return_path=True,
-            action=ACTION,
+            stack, x, y, rates, *draws, ACTIVATION, *limits, return_path=True, action=ACTION
         )
         put(weights, arms, moved)
         elements = [g[0] for g in path["group_elements"]] if 0 in arms else None
-    if arms := [i for i in going if i >= len(stop)]:
-        M, how = generator(k, setting).to(x), (setting.pair, setting.max_tm_norm, ACTION)
-        stack = [w[arms] for w in weights]
-        put(weights, arms, teleport_curvature(stack, x, lr[arms], [M], ACTIVATION, *how)[0])
+    if arms := [i for i in going if i >= len(stop)]:  # in curvature
+        stack, M = [w[arms] for w in weights], generator(k, setting).to(x)
+        how = ACTIVATION, setting.pair, setting.max_tm_norm, ACTION
+        put(weights, arms, teleport_curvature(stack, x, lr[arms], [M], *how)[0])
     return elements
 
 
@@ -214,29 +205,26 @@ def move_arms(weights, x, y, k, stack):
         put(weights, i, act([w[i] for w in weights], x, g, ACTIVATION, ACTION))
 
 
-PAPER = Experiment("generalization", ARMS, move_arms, (__file__,))
+PAPER = Experiment("generalization", ARMS, move_arms, CLAIMS, CONTROLS, PANELS, (__file__,))
 
 
 # Training
 
 
-def stacks(dataset, args):
-    """Return the Stacks of a dataset; only a CPU splits its runs."""
-    setting = SETTINGS[dataset]
-    if args.sample:
-        setting = setting._replace(
-            teleport_lr=tuple(SAMPLE_SCALE * lr for lr in setting.teleport_lr),
-            max_tm_norm=SAMPLE_SCALE * setting.max_tm_norm,
-            directions=round(SAMPLE_SCALE * setting.directions),
-        )
-    size = STACK if args.device.type == "cpu" else args.runs
-    firsts = range(0, args.runs, size)
-    return [Stack(dataset, range(i, min(i + size, args.runs)), setting) for i in firsts]
-
-
-def steps(setting):
-    """Return the number of steps of `train`."""
-    return setting.epochs + max(setting.teleports)
+def stacks(args):
+    """Return the stacks of the datasets and runs asked for; only a CPU splits a dataset's runs."""
+    runs, size = range(args.runs), STACK if args.device.type == "cpu" else args.runs
+    stacks = []
+    for dataset in args.dataset:
+        setting = SETTINGS[dataset]
+        if args.sample:
+            setting = setting._replace(
+                teleport_lr=tuple(SAMPLE_SCALE * lr for lr in setting.teleport_lr),
+                max_tm_norm=SAMPLE_SCALE * setting.max_tm_norm,
+                directions=round(SAMPLE_SCALE * setting.directions),
+            )
+        stacks += [Stack(dataset, runs[i : i + size], setting) for i in runs[::size]]
+    return stacks
 
 
 def training_log(experiment, stack, args):
@@ -249,7 +237,7 @@ def training_log(experiment, stack, args):
         "arms": experiment.arms,
         "batch": models.BATCH,
         "activation": str(ACTIVATION),
-        "action": ACTION.act.__name__,
+        "action": ACTION.name,
         "published_scale": PUBLISHED_SCALE,
         "estimation_radii": list(RADII[stack.dataset]),
     }
@@ -259,106 +247,89 @@ def training_log(experiment, stack, args):
 
 
 def train(experiment, stack, args, bar):
-    """Train the arms of a stack; resumes from logs/. A step is an epoch, or a move of each arm.
+    """Train the arms of a stack; resumes from logs/.
 
     Saves the CURVES after each epoch, [epochs, arms, runs]; the MEASURES before and after each
     move, [moves, 2, arms, runs]; and which networks have `diverged`, [arms, runs], whose numbers
-    are nan from then on. Raises UserError where plain SGD diverges.
+    are nan from then on. Raises UserError where all networks diverge.
     """
-    data, setting, arms = load_data(stack.dataset, args), stack.setting, len(experiment.arms)
-    moves = max(setting.teleports)
+    data = load_data(stack.dataset, args)
 
     def start():
-        weights = models.init_weights(setting.widths, models.run_seeds(stack.runs))
+        weights = models.init_weights(stack.setting.widths, models.run_seeds(stack.runs))
         never = np.zeros((1, len(stack.runs)), bool)
         return models.to_arrays([w[None] for w in weights]) | {"diverged": never}
 
     def step(state):
-        k = int(state["steps"]) - setting.teleport_epoch
-        weights = models.from_arrays(state, args.device)
-        diverged = torch.tensor(state["diverged"], device=args.device)
-        if k == 0:  # until now all arms were one
-            weights = [w.repeat(arms, 1, 1, 1) for w in weights]
-            diverged = diverged.repeat(arms, 1)
         try:
-            if 0 <= k < moves:
-                rows = move_and_train(weights, diverged, data, experiment, stack, k)
-            else:
-                losses = state["move_losses"] if k == moves else ()
-                rows = train_epoch(weights, diverged, data, setting, losses)
+            return train_epoch(state, data, experiment, stack)
         except ValueError as error:
-            epoch = len(state.get("test_loss", ()))
-            raise results.UserError(f"{stack.dataset}, epoch {epoch}: {error}.") from None
-        for key, row in rows.items():
-            rows[key] = row.masked_fill(diverged, math.nan).expand(*row.shape[:-2], arms, -1)
-        return results.append(state, **rows) | models.to_arrays(weights) | {"diverged": diverged}
+            where = f"{stack.dataset}, epoch {state['steps']}"
+            raise results.UserError(f"{where}: {error}.") from None
 
-    results.resume(training_log(experiment, stack, args), start, step, steps(setting), bar)
+    results.resume(training_log(experiment, stack, args), start, step, stack.setting.epochs, bar)
 
 
 @torch.no_grad()
-def move_and_train(weights, diverged, data, experiment, stack, k):
-    """Move each arm for the k-th time and train on the mini-batch that follows, in place.
+def train_epoch(state, data, experiment, stack):
+    """Return the state of a stack, as `train` saves it, after one epoch more.
 
-    Returns the MEASURES before and after the move, [2, arms, runs], and the mini-batch's loss.
+    Raises ValueError where all networks diverge.
     """
+    setting, arms, moves, loss = stack.setting, len(experiment.arms), range(0), 0
+    weights = models.from_arrays(state, data.x_train.device)
+    diverged = torch.tensor(state["diverged"], device=data.x_train.device)
+    if state["steps"] == setting.teleport_epoch:  # until now all arms were one
+        weights = [w.repeat(arms, 1, 1, 1) for w in weights]
+        diverged, moves = diverged.repeat(arms, 1), range(max(setting.teleports))
+
+    def append(state, rows):
+        for key, row in rows.items():
+            rows[key] = row.masked_fill(diverged, math.nan).expand(*row.shape[:-2], arms, -1)
+        return results.append(state, **rows)
+
+    batches = math.ceil(len(data.x_train) / models.BATCH)
+    for k, end in pairwise([*moves, len(moves), batches]):
+        measured = {}
+        if k in moves:
+            measured = move_and_measure(weights, diverged, data, experiment, stack, k)
+        rows = slice(k * models.BATCH, end * models.BATCH)
+        x, y = data.x_train[rows], data.y_train[rows]
+        part = models.train_epoch_sgd(weights, x, y, setting.lr, ACTIVATION, check=False)
+        models.replace_diverged(weights, diverged)
+        state, loss = append(state, measured), loss + (end - k) * part
+    test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
+    curves = loss / batches, *test, *sharpness_and_curvature(weights, data, setting)
+    state = append(state, dict(zip(CURVES, curves)))
+    return state | models.to_arrays(weights) | {"diverged": diverged}
+
+
+def move_and_measure(weights, diverged, data, experiment, stack, k):
+    """Move the arms for the k-th time, in place; return the MEASURES before and after, [2, …]."""
     x, y = shuffled_batch(data, stack.setting.teleport_batch, k)
     before = measure(weights, x, y, k, stack.setting)
     experiment.move(weights, x, y, k, stack)
     models.replace_diverged(weights, diverged)
     after = measure(weights, x, y, k, stack.setting)
-    rows = slice(k * models.BATCH, (k + 1) * models.BATCH)
-    loss = train_rows(weights, diverged, data, stack.setting.lr, rows)
-    return {key: torch.stack([before[key], after[key]]) for key in MEASURES} | {"move_losses": loss}
+    return {key: torch.stack([before[key], after[key]]) for key in MEASURES}
 
 
-def train_epoch(weights, diverged, data, setting, move_losses):
-    """Train for an epoch, or for what the moves have left of it, in place; return the CURVES.
-
-    move_losses: of the mini-batches that followed the moves, [moves, arms, runs].
-    """
-    batches, first = math.ceil(len(data.x_train) / models.BATCH), len(move_losses)
-    rest = train_rows(weights, diverged, data, setting.lr, slice(first * models.BATCH, None))
-    loss = (torch.as_tensor(np.sum(move_losses, 0)).to(rest) + (batches - first) * rest) / batches
-    test = models.evaluate(weights, data.x_test, data.y_test, ACTIVATION)
+def sharpness_and_curvature(weights, data, setting):
+    """Return Table 1's φ and ψ of networks, each [arms, runs]."""
     estimates = []
     for k in range(setting.estimation_batches):
         x, y = shuffled_batch(data, setting.estimation_batch, k)
         estimates.append(estimate(weights, x, y, RADII[data.name], k, ACTIVATION)[:2])
-    phi, psi = (torch.stack(values).mean(0) for values in zip(*estimates))
-    return dict(zip(CURVES, (loss, *test, phi, psi)))
+    return [torch.stack(values).mean(0) for values in zip(*estimates)]
 
 
-def train_rows(weights, diverged, data, lr, rows):
-    """Train in place on a slice of the images; return the mean loss [arms, runs].
-
-    Raises ValueError where plain SGD diverges.
-    """
-    x, y = data.x_train[rows], data.y_train[rows]
-    loss = models.train_epoch_sgd(weights, x, y, lr, ACTIVATION, check=False)
-    models.replace_diverged(weights, diverged)
-    if diverged[0].any():
-        raise ValueError("plain SGD diverges: it needs a lower lr")
-    return loss
-
-
-def compute(experiment, args, folder):
-    """Train what logs/ lacks, and save the Result of each dataset asked for in `folder`."""
-    results.check_writable(folder)
-    for dataset in args.dataset:
-        load_data(dataset, args)  # fetches it, if it is missing, before the workers start
-    tasks = [stack for dataset in args.dataset for stack in stacks(dataset, args)]
-    results.warn_of_other_code([training_log(experiment, stack, args) for stack in tasks])
-    updates = steps(tasks[0].setting)
-    run.run_tasks(partial(train, experiment), tasks, args, updates, "step")
-    for dataset in args.dataset:
-        logs = [training_log(experiment, s, args) for s in tasks if s.dataset == dataset]
-        parts = [results.load(log, updates) for log in logs]
-        keys = *CURVES, *MEASURES, "diverged"
-        arrays = {key: np.concatenate([part.arrays[key] for part in parts], -1) for key in keys}
-        settings = parts[0].settings | {"seeds": models.run_seeds(range(args.runs))}
-        result = results.Result(arrays | {"arms": experiment.arms}, settings, parts[0].made_with)
-        results.save(folder / f"{dataset}.npz", result)
+def collect(logs, experiment, args):
+    """Return the Result of a dataset, whose stacks have these Logs; `arms` are their names."""
+    parts = [results.load(log, log.settings["epochs"]) for log in logs]
+    keys = *CURVES, *MEASURES, "diverged"
+    arrays = {key: np.concatenate([part.arrays[key] for part in parts], -1) for key in keys}
+    settings = parts[0].settings | {"seeds": models.run_seeds(range(args.runs))}
+    return results.Result(arrays | {"arms": experiment.arms}, settings, parts[0].made_with)
 
 
 # Statistics
@@ -371,40 +342,37 @@ def verdict(claim, difference, little):
     lies within it.
     """
     low, high = difference["low"], difference["high"]
-    if np.isnan(low):
-        return "too few"
     if claim == "changes little":
-        if max(-low, high) < little:
-            return "holds"
-        return "does not hold" if max(low, -high) > little else "open"
+        within, beyond = max(-low, high) < little, max(low, -high) > little
+        return "holds" if within else "does not hold" if beyond else "open"
     seen = "rises" if low > 0 else "falls" if high < 0 else None
     return "holds" if seen == claim else "opposite" if seen else "not seen"
 
 
-def summarise(arrays, claims, controls):
+def summarise(arrays, experiment):
     """Return plain's mean test loss, paired differences of test losses, and what moves changed.
 
-    claims: {arm: a value of CLAIMS}, whose arms get verdicts; controls: {arm: its control}. Losses
-    are those after the epochs EPOCHS_SHOWN. `moves` has medians over the networks of an arm of the
-    MEASURES before its first move and of their change by all its moves; networks that diverged in
-    the course of the moves are left out.
+    Losses are those after the epochs EPOCHS_SHOWN. `moves` has medians over the networks of an arm
+    of the MEASURES before its first move and of their change by all its moves; networks that
+    diverged in the course of the moves are left out.
     """
-    arms, epochs = list(arrays["arms"]), len(arrays["test_loss"])
-    loss = {arm: arrays["test_loss"][:, i] for i, arm in enumerate(arms)}
+    arms, epochs = experiment.arms, len(arrays["test_loss"])
+    loss = dict(zip(arms, arrays["test_loss"].swapaxes(0, 1)))
     shown = sorted({min(epoch, epochs) for epoch in EPOCHS_SHOWN})
-    plain = {epoch: loss["plain"][epoch - 1].mean(dtype=float) for epoch in shown}
-    pairs = [(arm, "plain") for arm in arms[1:]] + list(controls.items())
+    plain = {epoch: np.nanmean(loss["plain"][epoch - 1], dtype=float) for epoch in shown}
+    pairs = [(arm, "plain") for arm in arms[1:]] + list(experiment.controls.items())
     differences = statistics.compare_arms(loss, pairs, shown)
-    for (arm, other), by_epoch in zip(pairs, differences.values()):
-        for difference in by_epoch.values() if other == "plain" and arm in claims else ():
-            difference["verdict"] = verdict(claims[arm], difference, LITTLE * plain[shown[-1]])
+    for arm, claim in experiment.claims.items():
+        for difference in differences[f"{arm} − plain"].values():
+            difference["verdict"] = verdict(claim, difference, LITTLE * plain[shown[-1]])
     before = {key: arrays[key][0, 0] for key in MEASURES}
     change = {key: (arrays[key][:, 1] - arrays[key][:, 0]).sum(0) for key in MEASURES}
+    moved = np.any([np.abs(values) > 0 for values in change.values()], 0).sum(1)
     moves = {
         arm: {
-            "networks": np.any([np.abs(values[i]) > 0 for values in change.values()], 0).sum(),
-            "before": {key: np.nanmedian(before[key][i]) for key in MEASURES},
-            "change": {key: np.nanmedian(change[key][i]) for key in MEASURES},
+            "networks": moved[i],
+            "before": {key: np.nanmedian(values[i]) for key, values in before.items()},
+            "change": {key: np.nanmedian(values[i]) for key, values in change.items()},
         }
         for i, arm in enumerate(arms[1:], 1)
     }
@@ -415,7 +383,8 @@ def summarise(arrays, claims, controls):
 def loss_table(dataset, summary, claims):
     """Return the test loss of plain, and differences of test losses, as Markdown."""
     diverged = {arm: f" ({n} diverged)" if n else "" for arm, n in summary["diverged"].items()}
-    rows = [["test loss of plain", *(f"{loss:.3f}" for loss in summary["plain"].values())]]
+    losses = (f"{loss:.3f}" for loss in summary["plain"].values())
+    rows = [[f"test loss of plain{diverged['plain']}", *losses]]
     for pair, by_epoch in summary["differences"].items():
         arm, other = pair.split(" − ")
         claim = f" (claim: {claims[arm]})" if other == "plain" and arm in claims else ""
@@ -433,10 +402,9 @@ def move_table(summaries):
             values = *moves["before"].values(), *moves["change"].values()
             cells = [f"{value:.3g}".replace("-", "−") for value in values]
             rows.append([f"{TITLES[dataset]}, {arm}", str(moves["networks"]), *cells])
-    header = ["all moves of an arm, median", "networks moved"]
-    header += [f"{name} before" for name in MEASURES.values()]
-    header += [f"change of {name}" for name in MEASURES.values()]
-    return plots.markdown(header, rows)
+    names = MEASURES.values()
+    header = [f"{name} before" for name in names] + [f"change of {name}" for name in names]
+    return plots.markdown(["all moves of an arm, median", "networks moved", *header], rows)
 
 
 # Figures
@@ -445,10 +413,10 @@ def move_table(summaries):
 def draw_losses(path, dataset, arrays, pdf=False):
     """Draw Figure 4: the losses of the paper's arms, a quantity in each panel."""
     figure = Figure(figsize=(8.4, 3.8), layout="constrained")
-    epochs, names = 1 + np.arange(len(arrays["test_loss"])), list(arrays["arms"])
+    epochs = 1 + np.arange(len(arrays["test_loss"]))
     for axes, quantity in zip(figure.subplots(1, 2, sharey=True), PANELS):
         for color, label in zip(COLORS, ("plain", "decrease", "increase")):
-            i = names.index(label if label == "plain" else f"{quantity} {label}")
+            i = ARMS.index(label if label == "plain" else f"{quantity} {label}")
             for key, line in (("train", "--"), ("test", "-")):
                 style = {"color": color, "ls": line, "label": f"{label}, {key}"}
                 plots.plot_mean(axes, epochs, arrays[f"{key}_loss"][:, i], **style)
@@ -458,16 +426,18 @@ def draw_losses(path, dataset, arrays, pdf=False):
     plots.save_figure(figure, path, pdf)
 
 
-def draw_differences(path, dataset, arrays, panels):
-    """Draw the test loss minus plain's, and φ or ψ, of arms; panels: {quantity: its arms}."""
+def draw_differences(path, dataset, arrays, experiment):
+    """Draw the test loss minus plain's, and φ or ψ, of the arms in an experiment's panels."""
     figure = Figure(figsize=(8.4, 6.8), layout="constrained")
-    first, names = SETTINGS[dataset].teleport_epoch - 1, list(arrays["arms"])
+    first = SETTINGS[dataset].teleport_epoch - 1
     epochs = 1 + np.arange(first, len(arrays["test_loss"]))
-    for (upper, lower), (quantity, arms) in zip(figure.subplots(2, 2).T, panels.items()):
-        plain, *loss = (arrays["test_loss"][first:, names.index(arm)] for arm in ("plain", *arms))
-        plots.plot_differences(upper, epochs, dict(zip(arms, loss)), plain, COLORS[1:])
-        for color, arm in zip(COLORS, ("plain", *arms)):
-            values = arrays[quantity][first:, names.index(arm)]
+    for (upper, lower), quantity in zip(figure.subplots(2, 2).T, experiment.panels):
+        arms = "plain", *experiment.panels[quantity]
+        index = [experiment.arms.index(arm) for arm in arms]
+        plain, *loss = arrays["test_loss"][first:, index].swapaxes(0, 1)
+        plots.plot_differences(upper, epochs, dict(zip(arms[1:], loss)), plain, COLORS[1:])
+        for color, arm, i in zip(COLORS, arms, index):
+            values = arrays[quantity][first:, i]
             lower.plot(epochs, np.nanmean(values, 1), color=color, label=arm)
         lower.set(title=f"{TITLES[dataset]}, Table 1's {quantity}", xlabel="epoch")
         lower.legend(fontsize="small")
@@ -483,31 +453,43 @@ def parse_arguments(doc=__doc__):
     add, number = parser.add_argument, run.whole_number
     add("--dataset", nargs="+", choices=SETTINGS, default=["CIFAR10"], help="which datasets")
     add("--runs", type=number(2), default=DEFAULTS["runs"], help="runs of each arm; published: 5")
-    args = parser.parse_args()
-    args.dataset = list(dict.fromkeys(args.dataset))
-    return args
+    return parser.parse_args()
+
+
+def run_experiment(experiment, args, folder):
+    """Train what logs/ lacks, unless --plot-only; write the tables; return {dataset: arrays}."""
+    if not args.plot_only:
+        results.check_writable(folder)
+        for dataset in args.dataset:
+            load_data(dataset, args)  # fetches it, if it is missing, before the workers start
+        logs = {stack: training_log(experiment, stack, args) for stack in stacks(args)}
+        results.warn_of_other_code(logs.values())
+        updates = [stack.setting.epochs for stack in logs]
+        run.run_tasks(partial(train, experiment), list(logs), args, updates, "epoch")
+        for dataset in args.dataset:
+            parts = [log for stack, log in logs.items() if stack.dataset == dataset]
+            results.save(folder / f"{dataset}.npz", collect(parts, experiment, args))
+
+    saved = results.read_all(folder, SETTINGS, required=args.dataset)
+    summaries = {name: summarise(result.arrays, experiment) for name, result in saved.items()}
+    results.save_summaries(folder / "summary.json", saved, summaries)
+    tables = [loss_table(name, s, experiment.claims) for name, s in summaries.items()]
+    text = "\n".join([*tables, move_table(summaries)])
+    results.save_text(folder / "table.md", text)
+    print(f"\n{text}\nTables, figures, and each run's curves: {folder}")
+    return {name: result.arrays for name, result in saved.items()}
 
 
 def main():
-    args = parse_arguments(__doc__)
+    args = parse_arguments()
     figures = run.figures_folder(args, DEFAULTS)
     folder = figures / PAPER.name
-    if not args.plot_only:
-        compute(PAPER, args, folder)
-
-    saved = results.read_all(folder, SETTINGS, required=args.dataset)
-    arrays = {name: result.arrays for name, result in saved.items()}
-    summaries = {name: summarise(values, CLAIMS, CONTROLS) for name, values in arrays.items()}
-    results.save_summaries(folder / "summary.json", saved, summaries)
-    tables = {name: loss_table(name, summary, CLAIMS) for name, summary in summaries.items()}
-    results.save_text(folder / "table.md", "\n".join([*tables.values(), move_table(summaries)]))
-    for name, values in arrays.items():
-        is_figure_4 = name == "CIFAR10"
-        path = figures / "figure_4" if is_figure_4 else folder / f"{name}_losses"
-        draw_losses(path, name, values, pdf=is_figure_4)
-        draw_differences(folder / f"{name}_differences", name, values, PANELS)
-    print("", *(tables[name] for name in args.dataset), sep="\n")
-    print(f"Figure 4 (CIFAR-10): {figures}. What moves changed, controls, each run: {folder}")
+    for name, arrays in run_experiment(PAPER, args, folder).items():
+        if name == "CIFAR10":
+            draw_losses(figures / "figure_4", name, arrays, pdf=True)
+        else:
+            draw_losses(folder / f"{name}_losses", name, arrays)
+        draw_differences(folder / f"{name}_differences", name, arrays, PAPER)
 
 
 if __name__ == "__main__":

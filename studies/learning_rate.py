@@ -29,13 +29,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import models
 import teleport_optimization as script
 import teleports
-from data import TITLES, load_data
+from data import TITLES
 from experiment import plots, results, run
 
-DEFAULTS = {"runs": 20, "epochs": 40}
 FACTORS = 0.8, 0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0  # of the published learning rate
 PLAIN = {f"plain × {factor:g}": factor for factor in FACTORS}
 MOVING = {
@@ -79,32 +77,22 @@ def with_factors(optimizer, factors, parameters, lr):
     return optimizer
 
 
-def stacks_of(optimizers, dataset):
-    """Return the stacks of some optimizers: the arms that can be trained as one."""
-    return [script.Stack(dataset, name, arms) for name in optimizers for arms in script.split(ARMS)]
-
-
-def training_log(stack, args):
-    """Return the Log of a stack's training."""
-    setting = script.OPTIMIZERS[stack.optimizer]
-    settings = script.training_settings(stack.dataset, setting, args) | stack._asdict()
+def training_log(optimizer, arms, args):
+    """Return the Log of a stack: some of the ARMS, by name, with an optimizer."""
+    path, settings, code = script.training_log(optimizer, script.OPTIMIZERS[optimizer], arms, args)
     settings |= {"factors": FACTORS, "rescaling": [teleports.LENGTH, teleports.RESCALING_STEPS]}
-    folder = f"{stack.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
-    path = args.output / "logs" / "learning_rate" / folder
-    code = __file__, script.__file__, teleports.__file__
-    return results.Log(path / f"{stack.optimizer}-{stack.arms[-1]}.npz", settings, code)
+    path = path.parents[2] / "learning_rate" / path.parent.name / f"{optimizer}-{arms[-1]}.npz"
+    return results.Log(path, settings, (*code, teleports.__file__, __file__))
 
 
-def train(stack, args, bar):
-    """Train a stack; resumes from logs/. Arms move before the published mini-batches."""
-    setting, arms = script.OPTIMIZERS[stack.optimizer], {name: ARMS[name] for name in stack.arms}
-    moving = [name for name, arm in arms.items() if arm.move]
-    moments = {setting.epoch: {k: dict.fromkeys(moving, k) for k in range(script.MOVES)}}
+def train(log, args, bar):
+    """Train the stack of a Log."""
+    setting = script.OPTIMIZERS[log.settings["optimizer"]]
+    arms = {name: ARMS[name] for name in log.settings["arms"]}
     factors = [PLAIN.get(name, 1.0) for name in arms]
     if set(factors) != {1.0}:
-        optimizer = partial(with_factors, setting.optimizer, factors)
-        setting = setting._replace(optimizer=optimizer)
-    script.train_arms(training_log(stack, args), stack.dataset, setting, arms, moments, args, bar)
+        setting = setting._replace(optimizer=partial(with_factors, setting.optimizer, factors))
+    script.train_arms(log, setting, arms, args, bar)
 
 
 # Statistics
@@ -204,11 +192,9 @@ def after(columns, epoch):
 
 def worth_text(worth):
     """Return a worth with its interval as text."""
-    return (
-        "undefined"
-        if np.isnan(worth["mean"])
-        else "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**worth)
-    )
+    if np.isnan(worth["mean"]):
+        return "undefined"
+    return "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**worth)
 
 
 def table(dataset, summaries):
@@ -278,30 +264,18 @@ def draw_predictions(path, dataset, summaries):
 
 
 def parse_arguments():
-    parser = run.experiment_parser(__doc__)
-    add, number, names = parser.add_argument, run.whole_number, list(script.OPTIMIZERS)
-    least = 1 + max(setting.epoch for setting in script.OPTIMIZERS.values())  # has all moves
-    add("--dataset", choices=models.TRAINING, default="MNIST", help="which dataset")
-    add("--optimizer", nargs="+", choices=names, default=names, help="which optimizers")
-    add("--runs", type=number(2), default=DEFAULTS["runs"], help="runs of each arm")
-    add("--epochs", type=number(least), default=DEFAULTS["epochs"], help="passes over the images")
-    args = parser.parse_args()
-    args.optimizer = list(dict.fromkeys(args.optimizer))
-    return args
+    return script.parse_arguments(run.experiment_parser(__doc__))
 
 
 def main():
     args = parse_arguments()
-    folder = run.figures_folder(args, DEFAULTS) / "learning_rate" / args.dataset
+    folder = run.figures_folder(args, script.DEFAULTS) / "learning_rate" / args.dataset
     if not args.plot_only:
-        results.check_writable(folder)
-        load_data(args.dataset, args)  # fetches it, if it is missing, before the workers start
-        logs = {s: training_log(s, args) for s in stacks_of(args.optimizer, args.dataset)}
-        results.warn_of_other_code(logs.values())
-        run.run_tasks(train, list(logs), args, args.epochs, "epoch")
-        for name in args.optimizer:
-            parts = [log for stack, log in logs.items() if stack.optimizer == name]
-            results.save(folder / f"{name}.npz", script.collect(parts, args))
+        stacks = script.split(ARMS)
+        logs = {
+            name: [training_log(name, arms, args) for arms in stacks] for name in args.optimizer
+        }
+        script.compute(train, logs, args, folder)
 
     saved = results.read_all(folder, script.OPTIMIZERS, required=args.optimizer)
     summaries = {name: summarise(result.arrays) for name, result in saved.items()}

@@ -28,16 +28,14 @@ import math
 import torch
 
 import teleport_sharpness_curvature as figure_4
-from experiment import results, run
+from experiment import run
 from teleportation import RESCALING, act, ascend_to
 
-RESCALED = {arm: f"{arm}, rescaled" for arm in figure_4.CLAIMS}
-CLAIMS = {RESCALED[arm]: claim for arm, claim in figure_4.CLAIMS.items()}
-ARMS = ("plain", *CLAIMS, "random rescaling")
-CONTROLS = {RESCALED["sharpness increase"]: "random rescaling"}
+CLAIMS = {f"{arm}, rescaled": claim for arm, claim in figure_4.CLAIMS.items()}
+CONTROL = "random rescaling"
 PANELS = {
-    "sharpness": (*map(RESCALED.get, figure_4.PANELS["sharpness"][:2]), "random rescaling"),
-    "curvature": (*map(RESCALED.get, figure_4.PANELS["curvature"][:2]),),
+    "sharpness": ("sharpness decrease, rescaled", "sharpness increase, rescaled", CONTROL),
+    "curvature": ("curvature decrease, rescaled", "curvature increase, rescaled"),
 }
 STEPS, LENGTH = 20, 0.1  # of an ascent to a target, and the norm of the log g of a step
 
@@ -72,9 +70,8 @@ def move_arms(weights, x, y, k, stack):
         "curvature": partial(figure_4.kappa, x=x, k=k, setting=setting),
     }
     for quantity, objective in objectives.items():
-        going = zip(figure_4.CLAIMS, setting.teleports)
-        going = [i for i, (arm, number) in enumerate(going) if quantity in arm and k < number]
-        if going:
+        arms = enumerate(zip(figure_4.CLAIMS, setting.teleports))
+        if going := [i for i, (arm, number) in arms if quantity in arm and k < number]:
             target = objective([w[going] for w in teleported])
             rescaled = rescale_to(target, objective, [w[going] for w in start], x)
             figure_4.put([w[1:5] for w in weights], going, rescaled)
@@ -84,32 +81,25 @@ def move_arms(weights, x, y, k, stack):
         elements = elements_of_rescaling([w[i] for w in start], [w[1 + i] for w in weights])
         elements = figure_4.random_elements(elements, k, stack.runs, RESCALING)
         control = [w[-1] for w in weights]
-        moved = act(control, x, elements, figure_4.ACTIVATION, RESCALING)
-        figure_4.put(weights, -1, moved)
+        figure_4.put(weights, -1, act(control, x, elements, figure_4.ACTIVATION, RESCALING))
 
 
 STUDY = figure_4.Experiment(
-    "rescaled_teleports", ARMS, move_arms, (figure_4.__file__, str(Path(__file__).resolve()))
+    "rescaled_teleports",
+    ("plain", *CLAIMS, CONTROL),
+    move_arms,
+    CLAIMS,
+    {"sharpness increase, rescaled": CONTROL},
+    PANELS,
+    (figure_4.__file__, str(Path(__file__).resolve())),
 )
 
 
 def main():
     args = figure_4.parse_arguments(__doc__)
     folder = run.figures_folder(args, figure_4.DEFAULTS) / STUDY.name
-    if not args.plot_only:
-        figure_4.compute(STUDY, args, folder)
-
-    saved = results.read_all(folder, figure_4.SETTINGS, required=args.dataset)
-    arrays = {name: result.arrays for name, result in saved.items()}
-    summaries = {name: figure_4.summarise(a, CLAIMS, CONTROLS) for name, a in arrays.items()}
-    results.save_summaries(folder / "summary.json", saved, summaries)
-    tables = {name: figure_4.loss_table(name, s, CLAIMS) for name, s in summaries.items()}
-    moves = figure_4.move_table(summaries)
-    results.save_text(folder / "table.md", "\n".join([*tables.values(), moves]))
-    for name, values in arrays.items():
-        figure_4.draw_differences(folder / name, name, values, PANELS)
-    print("\n", *(tables[name] for name in args.dataset), sep="\n")
-    print(f"What the moves changed, figures and each run's curves are in {folder}.")
+    for name, arrays in figure_4.run_experiment(STUDY, args, folder).items():
+        figure_4.draw_differences(folder / name, name, arrays, STUDY)
 
 
 if __name__ == "__main__":

@@ -166,10 +166,9 @@ def collect(name, args):
     `sweep`, φ_t − L, is [halves of the batches, kinds, radii, runs].
     """
     result, parts = correlation.collect(name, args), []
-    for stack in correlation.stacks(args):
-        if stack.dataset == name:
-            trained = results.load(correlation.training_log(stack, args), args.epochs).arrays
-            parts.append(results.load(study_log(stack, trained, args), BATCHES))
+    for stack in [stack for stack in correlation.stacks(args) if stack.dataset == name]:
+        trained = results.load(correlation.training_log(stack, args), args.epochs).arrays
+        parts.append(results.load(study_log(stack, trained, args), BATCHES))
     excess = np.concatenate([part.arrays["excess"] for part in parts], -1)
     halves = excess.reshape(2, -1, *excess.shape[1:]).mean(1)
     arrays = {"sweep": halves.astype(np.float32), "sweep_radii": SWEEP}
@@ -324,9 +323,8 @@ def main():
         for name in args.dataset:
             load_data(name, args)  # fetches it, if it is missing, before the workers start
         untrained = {"test_loss": np.empty(0)}  # the path of a log does not depend on it
-        logs = [study_log(stack, untrained, args) for stack in stacks]
-        results.warn_of_other_code([correlation.training_log(stack, args) for stack in stacks])
-        results.warn_of_other_code(logs)
+        logs = [correlation.training_log(stack, args) for stack in stacks]
+        results.warn_of_other_code(logs + [study_log(stack, untrained, args) for stack in stacks])
         updates = args.epochs + args.batches + BATCHES
         run.run_tasks(measure, stacks, args, updates, "step")
         for name in args.dataset:

@@ -2,21 +2,19 @@
 
     python studies/teleports.py --question action
     python studies/teleports.py --question when --sample
-    python studies/teleports.py --question lr --optimizer SGD AdaGrad momentum RMSprop Adam
 
-Each question has arms of its own, which train as those of teleport_optimization.py do. Unless an
-arm says otherwise, it moves before the published mini-batches and keeps the optimizer's state.
+Each question has arms of its own, which train as those of teleport_optimization.py do. They keep
+the optimizer's state, and move before the published mini-batches unless they say otherwise.
 
     action      rescalings, and moves off the orbit that are as long as a teleport
     when        teleports in other epochs
     how-far     teleports of more or fewer steps
     how-often   teleports before more or fewer mini-batches
     rescaling   rescalings, which keep the network's function, later and more often
-    lr          teleports at other learning rates
 
-All but the last are asked at the published learning rate and at the best one, at which plain has
-the lowest final test loss on MNIST. Training goes to logs/teleports/<question>/; an interrupted run
-resumes from there. The curves of each arm and run go to figures/teleports/<question>/<dataset>/.
+All are asked at the published learning rate and at the best one, at which plain has the lowest
+final test loss on MNIST. Training goes to logs/teleports/<question>/; an interrupted run resumes
+from there. The curves of each arm and run go to figures/teleports/<question>/<dataset>/.
 """
 
 import sys
@@ -29,14 +27,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import models
 import teleport_optimization as script
-from data import TITLES, load_data
-from experiment import plots, results, run
+from data import load_data
+from experiment import results, run
 from parameter_symmetries.ascent import value_and_gradient
 from teleport_optimization import ACTIVATION, MOVES, OPTIMIZERS
 from teleportation import (
@@ -132,30 +128,14 @@ class Arm(NamedTuple):
     every_epoch: bool = False  # has moves
     moves: int = MOVES  # in each of these epochs
     spacing: int = 1  # mini-batches from one move to the next
-    new_optimizer: bool = False  # after each move
 
 
-class Question(NamedTuple):
-    """The comparison named beforehand, the learning rates to ask it at, and the arms."""
-
-    primary: str
-    rates: dict  # of each optimizer
-    arms: dict
-
-
-PUBLISHED_AND_BEST = {
+RATES = {  # of each optimizer: the published one, and the best one if that is another
     "SGD": [1e-2],
     "AdaGrad": [1e-2, 3e-2],
     "momentum": [1e-3],
     "RMSprop": [1e-4, 3e-4],
     "Adam": [1e-4, 3e-4],
-}
-GRID = {
-    "SGD": [3e-3, 1e-2, 3e-2, 1e-1],
-    "AdaGrad": [3e-3, 1e-2, 3e-2, 1e-1],
-    "momentum": [3e-4, 1e-3, 3e-3, 1e-2],
-    "RMSprop": [1e-4, 3e-4, 1e-3, 3e-3],
-    "Adam": [1e-4, 3e-4, 1e-3, 3e-3],
 }
 PLAIN, TELEPORT, DOUBLE = Arm(None), Arm(script.to_larger_gradient), Arm(rescale, {"factor": 2})
 ACTION = {
@@ -194,68 +174,50 @@ RESCALINGS = {
     "every epoch": DOUBLE._replace(every_epoch=True),
     "64 mini-batches": DOUBLE._replace(moves=64),
 }
-RATES = {"plain": PLAIN, "kept": TELEPORT, "teleport": TELEPORT._replace(new_optimizer=True)}
-QUESTIONS = {
-    "action": Question("rescaling × 2 − plain", PUBLISHED_AND_BEST, ACTION),
-    "when": Question("every epoch − plain", PUBLISHED_AND_BEST, WHEN),
-    "how-far": Question("100 steps − plain", PUBLISHED_AND_BEST, HOW_FAR),
-    "how-often": Question("every 10th of an epoch − plain", PUBLISHED_AND_BEST, HOW_OFTEN),
-    "rescaling": Question("every epoch − plain", PUBLISHED_AND_BEST, RESCALINGS),
-    "lr": Question("kept − plain at the best rate", GRID, RATES),
+QUESTIONS = {  # the comparison named beforehand, and the arms
+    "action": ("rescaling × 2 − plain", ACTION),
+    "when": ("every epoch − plain", WHEN),
+    "how-far": ("100 steps − plain", HOW_FAR),
+    "how-often": ("every 10th of an epoch − plain", HOW_OFTEN),
+    "rescaling": ("every epoch − plain", RESCALINGS),
 }
 
 
 # Computation
 
 
-class Stack(NamedTuple):
-    """Arms of a question, with an optimizer on a dataset, whose runs are trained as one stack."""
-
-    question: str
-    dataset: str
-    optimizer: str
-    lr: float
-    arms: tuple  # names
-
-
-def stacks(args, optimizers):
-    """Return the stacks with some optimizers, {name of the file of their results: [Stack]}."""
-    question = QUESTIONS[args.question]
-    return {
-        f"{optimizer}-lr{lr:g}": [
-            Stack(args.question, args.dataset, optimizer, lr, names)
-            for names in script.split(question.arms)
-        ]
-        for optimizer in optimizers
-        for lr in question.rates[optimizer]
-    }
-
-
-def training_log(stack, args):
-    """Return the Log of a stack's training."""
-    setting = OPTIMIZERS[stack.optimizer]._replace(lr=stack.lr)
-    arms = QUESTIONS[stack.question].arms
-    arms = {name: arm._replace(move=arm.move and arm.move.__name__) for name, arm in arms.items()}
-    settings = script.training_settings(stack.dataset, setting, args) | stack._asdict()
-    settings["definitions"] = {name: arm._asdict() for name, arm in arms.items()}
-    settings["rescaling"] = [LENGTH, RESCALING_STEPS]
-    folder = f"{stack.dataset}{'-sample' * args.sample}-{args.epochs}epochs-{args.runs}runs"
-    name = f"{stack.optimizer}-lr{stack.lr:g}-{stack.arms[0]}.npz"
-    path = args.output / "logs" / "teleports" / stack.question / folder / name
-    return results.Log(path, settings, (script.__file__, __file__))
-
-
-def train(stack, args, bar):
-    """Train the arms of a stack, each of which moves at its own moments."""
-    setting = OPTIMIZERS[stack.optimizer]._replace(lr=stack.lr)
-    table = {name: QUESTIONS[stack.question].arms[name] for name in stack.arms}
-    arms = {
-        name: script.Arm(arm.move and partial(arm.move, **arm.options), arm.new_optimizer)
+def training_logs(optimizers, args):
+    """Return {name of a Result: [the Log of its arms]}, for each optimizer at each of its RATES."""
+    _, table = QUESTIONS[args.question]
+    moves = {name: arm.move and arm.move.__name__ for name, arm in table.items()}
+    definitions = {
+        name: arm._asdict() | {"move": moves[name], "new_optimizer": False}
         for name, arm in table.items()
     }
-    batches = ceil(len(load_data(stack.dataset, args).x_train) / models.BATCH)
+    more = {"question": args.question, "definitions": definitions}
+    more["rescaling"] = [LENGTH, RESCALING_STEPS]
+    logs = {}
+    for optimizer in optimizers:
+        for lr in RATES[optimizer]:
+            setting, name = OPTIMIZERS[optimizer]._replace(lr=lr), f"{optimizer}-lr{lr:g}"
+            path, settings, code = script.training_log(optimizer, setting, list(table), args)
+            folder = path.parents[2] / "teleports" / args.question / path.parent.name
+            settings |= more | {"lr": lr}
+            logs[name] = [results.Log(folder / f"{name}-plain.npz", settings, (*code, __file__))]
+    return logs
+
+
+def train(log, args, bar):
+    """Train the arms of a Log, each of which moves at its own moments."""
+    setting = OPTIMIZERS[log.settings["optimizer"]]._replace(lr=log.settings["lr"])
+    _, table = QUESTIONS[args.question]
+    arms = {
+        name: script.Arm(arm.move and partial(arm.move, **arm.options), new_optimizer=False)
+        for name, arm in table.items()
+    }
+    batches = ceil(len(load_data(args.dataset, args).x_train) / models.BATCH)
     moments = moments_of(table, setting.epoch, args.epochs, batches)
-    script.train_arms(training_log(stack, args), stack.dataset, setting, arms, moments, args, bar)
+    script.train_arms(log, setting, arms, args, bar, moments)
 
 
 def moments_of(arms, published, epochs, batches):
@@ -275,72 +237,26 @@ def moments_of(arms, published, epochs, batches):
     return moments
 
 
-# Figures
-
-
-def draw_rates(path, parts):
-    """Draw the final test loss against the learning rate, a panel for each optimizer.
-
-    parts: a Result for each learning rate of each optimizer.
-    """
-    optimizers = list(dict.fromkeys(part.settings["optimizer"] for part in parts))
-    figure = Figure(figsize=(1 + 2.8 * len(optimizers), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(optimizers), squeeze=False)[0]
-    for ax, optimizer in zip(axes, optimizers):
-        chosen = [part for part in parts if part.settings["optimizer"] == optimizer]
-        rates = [part.settings["lr"] for part in chosen]
-        final = np.stack([part.arrays["test_loss"][-1] for part in chosen])  # [rates, arms, runs]
-        for i, (arm, color) in enumerate(zip(RATES, (plots.BLACK, *script.COLORS))):
-            style = {"color": color, "marker": plots.MARKERS[i]}
-            plots.plot_mean(ax, rates, final[:, i], label=arm, **style)
-        ax.set(title=optimizer, xlabel="learning rate", xscale="log")
-        plots.plain_log_axis(ax, "y")
-    axes[0].set(ylabel="final test loss")
-    plots.legend_below(figure, axes[0])
-    plots.save_figure(figure, path)
-
-
 # The script
 
 
 def parse_arguments():
     parser = run.experiment_parser(__doc__)
-    add, number, names = parser.add_argument, run.whole_number, list(OPTIMIZERS)
-    add("--question", choices=QUESTIONS, required=True, help="which arms")
-    add("--dataset", choices=models.TRAINING, default="MNIST", help="which dataset")
-    chosen = ["momentum", "Adam"]
-    add("--optimizer", nargs="+", choices=names, default=chosen, help="which optimizers")
-    add("--runs", type=number(2), default=script.DEFAULTS["runs"], help="runs of each arm")
-    epochs = script.DEFAULTS["epochs"]
-    add("--epochs", type=number(1), default=epochs, help="passes over the images")
-    return parser.parse_args()
+    parser.add_argument("--question", choices=QUESTIONS, required=True, help="which arms")
+    return script.parse_arguments(parser, optimizers=("momentum", "Adam"))
 
 
 def main():
     args = parse_arguments()
     folder = run.figures_folder(args, script.DEFAULTS) / "teleports" / args.question / args.dataset
-    asked = stacks(args, args.optimizer)
+    asked = training_logs(args.optimizer, args)
     if not args.plot_only:
-        results.check_writable(folder)
-        load_data(args.dataset, args)  # fetches it, if it is missing, before the workers start
-        tasks = [stack for part in asked.values() for stack in part]
-        results.warn_of_other_code([training_log(stack, args) for stack in tasks])
-        run.run_tasks(train, tasks, args, args.epochs, "epoch")
-        for name, part in asked.items():
-            logs = [training_log(stack, args) for stack in part]
-            results.save(folder / f"{name}.npz", script.collect(logs, args))
+        script.compute(train, asked, args, folder)
 
-    parts = results.read_all(folder, stacks(args, OPTIMIZERS), required=asked).values()
+    parts = results.read_all(folder, training_logs(OPTIMIZERS, args), required=asked).values()
     parts = {f"{p.settings['optimizer']}, lr {p.settings['lr']:g}": p for p in parts}
-    arrays = {title: part.arrays for title, part in parts.items()}
-    summaries = {title: script.summarise(values) for title, values in arrays.items()}
-    results.save_summaries(folder / "summary.json", parts, summaries)
-    text = script.table(TITLES[args.dataset], summaries, QUESTIONS[args.question].primary)
-    results.save_text(folder / "table.md", text)
-    if args.question == "lr":
-        draw_rates(folder / "rates", list(parts.values()))
-    else:
-        script.draw_differences(folder / "differences", arrays)
+    primary, _ = QUESTIONS[args.question]
+    text = script.write_up(folder, args.dataset, parts, primary, "differences")
     print(f"\n{text}\nFigure, and each run: {folder}")
 
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
@@ -47,21 +46,6 @@ def test_the_sample_ends_with_a_table_and_a_figure(tmp_path, call):
     assert other.returncode == 2 and "run without --plot-only" in other.stderr
 
 
-def test_each_learning_rate_has_its_results(tmp_path, call):
-    chosen = ["--question", "lr", "--optimizer", "Adam", "--sample", "--runs", 2, "--epochs", 1]
-    done = call(study, *chosen, "--processes", 1, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "figures/sample/2runs-1epochs/teleports/lr/MNIST"
-    assert (folder / "rates.png").exists()
-    losses = []
-    for lr in study.GRID["Adam"]:
-        result = results.read(folder / f"Adam-lr{lr:g}.npz")
-        assert result.settings["optimizer_defaults"]["lr"] == lr
-        assert result.arrays["arms"].tolist() == ["plain", "kept", "teleport"]
-        losses.append(result.arrays["train_loss"][0, 0].mean())
-    assert (np.diff(losses) < 0).all()
-
-
 def test_arms_move_at_their_own_moments():
     arms = {
         "plain": study.PLAIN,
@@ -78,11 +62,8 @@ def test_arms_move_at_their_own_moments():
 
 @pytest.mark.parametrize("name", study.QUESTIONS)
 def test_a_question_compares_arms_that_it_has(name):
-    question = study.QUESTIONS[name]
-    assert next(iter(question.arms)) == "plain"
-    assert any(question.primary.startswith(f"{arm} − plain") for arm in question.arms)
-    settings = study.OPTIMIZERS.items()
-    assert all(setting.lr in question.rates[optimizer] for optimizer, setting in settings)
+    primary, arms = study.QUESTIONS[name]
+    assert next(iter(arms)) == "plain" and primary.removesuffix(" − plain") in arms
 
 
 def test_moves_off_the_orbit_are_as_long_as_the_teleport():
