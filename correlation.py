@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import models
 from data import TITLES, load_data, shuffled_batch
 from experiment import plots, results, run, statistics
-from teleportation import RADII, estimate
+from teleportation import RADII, Estimate, estimate
 
 DEFAULTS = {"runs": 100, "epochs": 40, "batches": 200, "sphere": False}  # as published
 SAMPLE_BATCHES = 20
@@ -25,7 +25,7 @@ STACK = {"MNIST": 50, "FashionMNIST": 50, "CIFAR10": 25}  # networks that fit a 
 ACTIVATION = models.LeakyReLU()
 ESTIMATION_BATCH = 200  # training images in each batch on which φ and ψ are estimated
 SAVE_EVERY = 20  # batches
-ESTIMATES = "sharpness", "curvature", "batch_loss", "exact_curvature"  # what `estimate` returns
+ESTIMATES = Estimate._fields
 PUBLISHED = {  # Table 1: Pearson's r with the test loss
     "MNIST": {"sharpness": 0.704, "curvature": -0.050},
     "FashionMNIST": {"sharpness": 0.790, "curvature": -0.232},
@@ -41,6 +41,15 @@ QUANTITIES = {  # that are correlated with the test loss
 }
 PARTIAL = "sharpness", "excess", "curvature", "exact_curvature"  # given the training loss, too
 R = "{pearson:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+TABLE_1 = (  # rows: a title, a quantity, what is shown of it, and how
+    ("sharpness φ", "sharpness", "r", R),
+    ("φ, published", "sharpness", "published", "{r:.3f}"),
+    ("curvature ψ", "curvature", "r", R),
+    ("ψ, published", "curvature", "published", "{r:.3f}"),
+    ("training loss", "train_loss", "r", R),
+    ("φ − L, partial r given the training loss", "excess", "partial_r", R),
+    ("ψ, partial r given the training loss", "curvature", "partial_r", R),
+)
 DETAILS = (  # columns: a title, what is shown of each quantity, and how
     ("r with the test loss", "r", R),
     ("published r (p of the difference)", "published", "{r:.3f} ({p:.2g})"),
@@ -65,11 +74,10 @@ class Stack(NamedTuple):
 
 def stacks(args):
     """Return the stacks of the datasets and runs asked for; only a CPU splits a dataset's runs."""
-    stacks = []
+    on_cpu, runs, stacks = args.device.type == "cpu", range(args.runs), []
     for name in args.dataset:
-        size = STACK.get(name, 50) if args.device.type == "cpu" else args.runs
-        for first in range(0, args.runs, size):
-            stacks.append(Stack(name, range(first, min(first + size, args.runs))))
+        size = STACK.get(name, 50) if on_cpu else args.runs
+        stacks += [Stack(name, runs[first : first + size]) for first in runs[::size]]
     return stacks
 
 
@@ -151,8 +159,9 @@ def estimate_batches(stack, data, trained, args, bar):
     def step(state):
         k = int(state["steps"])
         x, y = shuffled_batch(data, ESTIMATION_BATCH, k)
-        values = estimate(weights, x, y, RADII[stack.dataset], k, ACTIVATION, args.sphere)
-        return results.append(state, **dict(zip(ESTIMATES, values)))
+        radii = RADII[stack.dataset]
+        estimates = estimate(weights, x, y, radii, k, ACTIVATION, args.sphere)
+        return results.append(state, **estimates._asdict())
 
     log = estimates_log(stack, trained, args)
     return results.resume(log, dict, step, args.batches, bar, SAVE_EVERY)
@@ -161,13 +170,12 @@ def estimate_batches(stack, data, trained, args, bar):
 def collect(name, args):
     """Return the Result of a dataset: seeds, losses and mean estimates of its networks, [runs]."""
     parts, commits = [], set()
-    for stack in stacks(args):
-        if stack.dataset == name:
-            trained = results.load(training_log(stack, args), args.epochs)
-            estimates = results.load(estimates_log(stack, trained.arrays, args), args.batches)
-            mean = {key: estimates.arrays[key][: args.batches].mean(0, float) for key in ESTIMATES}
-            parts.append(trained.arrays | mean | {"seed": models.run_seeds(stack.runs)})
-            commits.add(str(trained.made_with["commit"]))
+    for stack in [stack for stack in stacks(args) if stack.dataset == name]:
+        trained = results.load(training_log(stack, args), args.epochs)
+        estimates = results.load(estimates_log(stack, trained.arrays, args), args.batches)
+        mean = {key: estimates.arrays[key][: args.batches].mean(0, float) for key in ESTIMATES}
+        parts.append(trained.arrays | mean | {"seed": models.run_seeds(stack.runs)})
+        commits.add(str(trained.made_with["commit"]))
     keys = "seed", "train_loss", "test_loss", "test_accuracy", *ESTIMATES
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     settings = estimates.settings | {key: vars(args)[key] for key in DEFAULTS}
@@ -179,24 +187,24 @@ def collect(name, args):
 # Statistics
 
 
-def summarise(name, result):
+def summarise(name, arrays):
     """Return how a dataset's QUANTITIES correlate with the test loss: {quantity: {statistic: …}}.
 
     `r_gap` is the correlation with the gap, test loss − training loss. `partial_r` controls for the
     training loss. What φ adds to the loss is φ − L, with L the loss on φ's own batches.
     """
-    values = {key: array.astype(float) for key, array in result.arrays.items()}
+    values = {key: array.astype(float) for key, array in arrays.items()}
     values["excess"] = values["sharpness"] - values["batch_loss"]
     loss, train_loss, runs = values["test_loss"], values["train_loss"], len(values["seed"])
-    summary = {"settings": result.settings, "made_with": result.made_with, "networks": runs}
-    summary["test_loss"] = {"mean": loss.mean(), "std": loss.std(ddof=1)}
+    test_loss = {"mean": loss.mean(), "std": loss.std(ddof=1)}
+    summary = {"networks": runs, "test_loss": test_loss}
     for key in QUANTITIES:
-        gap = statistics.correlate(values[key], loss - train_loss)
-        summary[key] = {"r": statistics.correlate(values[key], loss), "r_gap": gap}
+        r_gap = statistics.correlate(values[key], loss - train_loss)
+        summary[key] = {"r": statistics.correlate(values[key], loss), "r_gap": r_gap}
     for key in PARTIAL:
-        partial = statistics.partial_correlation(values[key], loss, train_loss)
+        partial_r = statistics.partial_correlation(values[key], loss, train_loss)
         r_train_loss = statistics.correlate(values[key], train_loss)
-        summary[key] |= {"partial_r": partial, "r_train_loss": r_train_loss}
+        summary[key] |= {"partial_r": partial_r, "r_train_loss": r_train_loss}
     for key, r in PUBLISHED.get(name, {}).items():
         ours = summary[key]["r"]["pearson"]
         p = statistics.p_of_difference(ours, runs, r, DEFAULTS["runs"])
@@ -222,23 +230,13 @@ def cell(entry, key, form):
     return form.format(**entry[key]).replace("-", "−") if key in entry else "–"
 
 
-def table_1(summaries):
+def table_1(summaries, settings):
     """Return Table 1 as Markdown, with the published r, and below it what the losses explain."""
-
-    def row(label, quantity, key, form=R):
-        return [label, *(cell(summary[quantity], key, form) for summary in summaries.values())]
-
     rows = [
-        row("sharpness φ", "sharpness", "r"),
-        row("φ, published", "sharpness", "published", "{r:.3f}"),
-        row("curvature ψ", "curvature", "r"),
-        row("ψ, published", "curvature", "published", "{r:.3f}"),
-        row("training loss", "train_loss", "r"),
-        row("φ − L, partial r given the training loss", "excess", "partial_r"),
-        row("ψ, partial r given the training loss", "curvature", "partial_r"),
+        [title, *(cell(summary[quantity], key, form) for summary in summaries.values())]
+        for title, quantity, key, form in TABLE_1
     ]
     header = ["Pearson's r with the test loss [95 %]", *(TITLES[name] for name in summaries)]
-    settings = next(iter(summaries.values()))["settings"]
     text = "{runs} networks per dataset, {epochs} epochs, {batches} batches".format(**settings)
     text += f", directions on the {'sphere' if settings['sphere'] else 'positive orthant'}"
     text += "; on the sample of 1,000 images, not on the paper's data" * settings["sample"]
@@ -253,8 +251,7 @@ def details(summaries):
             [label, *(cell(summary[quantity], key, form) for _, key, form in DETAILS)]
             for quantity, label in QUANTITIES.items()
         ]
-        header = [TITLES[name], *(title for title, *_ in DETAILS)]
-        text += f"{plots.markdown(header, rows)}\n"
+        text += f"{plots.markdown([TITLES[name], *(title for title, *_ in DETAILS)], rows)}\n"
     return f"{text}Gap: test loss − training loss. Holm's method is over all partial r shown.\n"
 
 
@@ -288,12 +285,12 @@ def parse_arguments(doc=__doc__):
     add("--dataset", nargs="+", choices=RADII, default=list(PUBLISHED), help="which datasets")
     add("--runs", type=number(4), default=DEFAULTS["runs"], help="networks per dataset")
     add("--epochs", type=number(1), default=DEFAULTS["epochs"], help="passes over the images")
-    batches = f"batches that φ and ψ are means over (default: {DEFAULTS['batches']}; "
-    add("--batches", type=number(1), help=f"{batches}{SAMPLE_BATCHES} with --sample)")
+    few = f"default: {DEFAULTS['batches']}; {SAMPLE_BATCHES} with --sample"
+    add("--batches", type=number(1), help=f"batches that φ and ψ are means over ({few})")
     add("--sphere", action="store_true", help="draw φ's directions from the whole sphere")
     args = parser.parse_args()
-    defaults = DEFAULTS | {"batches": SAMPLE_BATCHES} if args.sample else DEFAULTS
     args.dataset = list(dict.fromkeys(args.dataset))
+    defaults = DEFAULTS | {"batches": SAMPLE_BATCHES} if args.sample else DEFAULTS
     args.batches = args.batches or defaults["batches"]
     args.figures = run.figures_folder(args, defaults)
     return args
@@ -312,14 +309,15 @@ def main():
             results.save(folder / f"{name}.npz", collect(name, args))
 
     saved = results.read_all(folder, RADII, required=args.dataset)
-    summaries = {name: summarise(name, result) for name, result in saved.items()}
+    summaries = {name: summarise(name, result.arrays) for name, result in saved.items()}
     adjust(summaries)
-    results.save_json(folder / "summary.json", summaries)
-    results.save_text(args.figures / "table_1.md", table_1(summaries))
+    table = table_1(summaries, next(iter(saved.values())).settings)
+    results.save_summaries(folder / "summary.json", saved, summaries)
+    results.save_text(args.figures / "table_1.md", table)
     results.save_text(folder / "table.md", details(summaries))
     draw(args.figures / "figure_9", saved, FIGURE_9)
     draw(args.figures / "figure_10", saved, FIGURE_10)
-    print(f"\n{table_1(summaries)}\nTable 1, Figures 9 and 10: {args.figures}")
+    print(f"\n{table}\nTable 1, Figures 9 and 10: {args.figures}")
     print(f"More correlations, and each network's values: {folder}")
 
 

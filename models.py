@@ -8,7 +8,6 @@ stack see the same mini-batches in the same order.
 
 import warnings
 from itertools import pairwise
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -65,28 +64,6 @@ class LeakyReLU(nn.LeakyReLU):
         return (x > 0).to(x.dtype).clamp(min=self.negative_slope)
 
 
-class ReLU(nn.ReLU):
-    """ReLU. It has no inverse."""
-
-    homogeneous = True
-
-    def derivative(self, x):
-        """Return σ'(x), with σ'(0) = 0."""
-        return (x > 0).to(x.dtype)
-
-
-class Tanh(nn.Tanh):
-    """The hyperbolic tangent. It is not homogeneous."""
-
-    def inverse(self, x):
-        """Return σ^{-1}(x), which is nan outside of [−1, 1]."""
-        return x.atanh()
-
-    def derivative(self, x):
-        """Return σ'(x)."""
-        return 1 - x.tanh() ** 2
-
-
 class Identity(nn.Identity):
     """The identity, for linear networks."""
 
@@ -107,9 +84,9 @@ def init_weights(widths, seeds):
     seeds: a sequence, one for each run, which gives [len(seeds), d_{m+1}, d_m], or an int, which
     gives [d_{m+1}, d_m]. A run depends on no other seed than its own.
     """
-    if not isinstance(seeds, Integral):
+    if not isinstance(seeds, int):
         return [torch.stack(layer) for layer in zip(*(init_weights(widths, s) for s in seeds))]
-    rng = torch.Generator().manual_seed(int(seeds))
+    rng = torch.Generator().manual_seed(seeds)
     weights = []
     for fan_in, fan_out in pairwise(widths):
         k = 1 / fan_in**0.5

@@ -33,9 +33,8 @@ RADII = {  # lengths of the perturbations in Table 1's φ, with one direction ea
 def pseudoinverse(h):
     """Return h^+, [..., n, d], of matrices h: [..., d, n], by a QR decomposition.
 
-    For matrices of full rank this is as accurate as torch.linalg.pinv and ten times as fast. The
-    others go to torch.linalg.pinv, with a warning that names the runs. Matrices that are not
-    finite are named, too; their pseudoinverse is not finite.
+    This is as accurate as torch.linalg.pinv, and ten times as fast. Matrices that do not have full
+    rank go to torch.linalg.pinv; those that are not finite give nan. A warning names their runs.
     """
     d, n = h.shape[-2:]
     if n < d:
@@ -80,17 +79,6 @@ def inverse_group_action(U, V, h, g, activation):
     return U @ torch.linalg.inv(g), V_new
 
 
-def inverse_group_action_first_order(U, V, h, g, activation, h_pinv=None):
-    """Return `inverse_group_action` to first order in T = g − I, as Figure 6 uses it.
-
-    U' = U (I − T), so that the outputs become U (I − T²) σ(Vh) if h has full column rank. h_pinv:
-    h^+, if it is known.
-    """
-    h_pinv = pseudoinverse(h) if h_pinv is None else h_pinv
-    identity = torch.eye(g.shape[-1]).to(g)
-    return U @ (2 * identity - g), activation.inverse(g @ activation(V @ h)) @ h_pinv
-
-
 def rescaling(U, V, h, g, activation):
     """Return U' = U g^{-1} and V' = gV for a diagonal, positive g.
 
@@ -109,6 +97,7 @@ def linear(U, V, h, g, activation):
 class Action(NamedTuple):
     """How a group acts on a pair of layers, and how a matrix T: [..., d, d] stands for g."""
 
+    name: str  # results that were computed with another one are refused
     act: Callable  # (U, V, h, g, activation) -> (U', V')
     is_defined: Callable = lambda activation: True
     project: Callable = lambda T: T  # returns the nearest T that the group allows
@@ -116,10 +105,14 @@ class Action(NamedTuple):
     multiplies_V: bool = False  # whether V' = gV
 
 
-PSEUDOINVERSE = Action(group_action, multiplies_V=True)
-INVERSE_ACTIVATION = Action(inverse_group_action, lambda activation: hasattr(activation, "inverse"))
-FIRST_ORDER = INVERSE_ACTIVATION._replace(act=inverse_group_action_first_order)
+PSEUDOINVERSE = Action("pseudoinverse", group_action, multiplies_V=True)
+INVERSE_ACTIVATION = Action(
+    "inverse activation",
+    inverse_group_action,
+    lambda activation: hasattr(activation, "inverse"),
+)
 RESCALING = Action(
+    "rescaling",
     rescaling,
     lambda activation: getattr(activation, "homogeneous", False),
     lambda T: torch.diag_embed(T.diagonal(dim1=-2, dim2=-1)),
@@ -127,6 +120,7 @@ RESCALING = Action(
     multiplies_V=True,
 )
 LINEAR = Action(
+    "linear",
     linear,
     lambda activation: isinstance(activation, nn.Identity),
     element=torch.linalg.matrix_exp,
@@ -146,11 +140,6 @@ def act(weights, x, group_elements, activation, action=PSEUDOINVERSE):
     """
     check_batch(weights, x)
     check_action(weights, group_elements, activation, action)
-    return act_on_pairs(weights, x, group_elements, activation, action)
-
-
-def act_on_pairs(weights, x, group_elements, activation, action):
-    """Do what `act` does, without its checks."""
     weights, h = list(weights), x
     for m, g in enumerate(group_elements):
         V, U = weights[m : m + 2]
@@ -169,7 +158,7 @@ def check_action(weights, matrices, activation, action):
     if not needed or shapes != needed:
         raise ValueError(f"each pair of layers needs a square matrix: {needed}, not {shapes}")
     if not action.is_defined(activation):
-        raise ValueError(f"{action.act.__name__} is not defined for {activation}")
+        raise ValueError(f"the action {action.name!r} is not defined for {activation}")
 
 
 def random_group_elements(group_elements, rng, action=PSEUDOINVERSE):
@@ -189,16 +178,11 @@ def random_group_elements(group_elements, rng, action=PSEUDOINVERSE):
 
 
 def orbit_of(weights, x, activation, action=PSEUDOINVERSE):
-    """Return the Orbit along which parameter_symmetries.ascent moves networks; x: [d_0, n].
-
-    Raises ValueError as `act` does.
-    """
+    """Return the Orbit along which parameter_symmetries.ascent moves networks; x: [d_0, n]."""
     zeros = [w.new_zeros(*w.shape[:-1], w.shape[-2]) for w in weights[:-1]]
-    check_batch(weights, x)
-    check_action(weights, zeros, activation, action)
 
     def act_with(weights, group_elements):
-        return act_on_pairs(weights, x, group_elements, activation, action)
+        return act(weights, x, group_elements, activation, action)
 
     return Orbit(act_with, [action] * len(zeros), zeros)
 
@@ -267,9 +251,8 @@ def teleport(
 def random_directions(widths, radii, rng, sphere=False):
     """Draw a direction d_k over all weights for each radius, of the length |d_k| = radii[k].
 
-    It is uniform in [0, 1)^p and then scaled, as in the published code, so that it lies in the
-    positive orthant; with `sphere` it is uniform on the sphere. Returns a list like the weights,
-    [len(radii), d_{m+1}, d_m].
+    As in the published code it is uniform in [0, 1)^p and then scaled; with `sphere` it is uniform
+    on the sphere. Returns a list like the weights, [len(radii), d_{m+1}, d_m].
     """
     shapes = [(fan_out, fan_in) for fan_in, fan_out in pairwise(widths)]
     sizes = [fan_out * fan_in for fan_out, fan_in in shapes]
@@ -280,24 +263,22 @@ def random_directions(widths, radii, rng, sphere=False):
 
 
 def perturbed(weights, z, x, directions):
-    """Yield the networks at w + d_k, a chunk at a time: the upper layers, and z = W_0 x.
+    """Yield the networks at w + d_k, a chunk of k at a time: the upper layers, and z = W_0 x.
 
     z: W_0 x at w. Shapes are those of `perturbed_losses`.
     """
-    z, dz = z.unsqueeze(-3), directions[0] @ x
     chunk = max(1, CHUNK // z.numel())
-    for first in range(0, dz.shape[-3], chunk):
-        ks = slice(first, first + chunk)
-        upper = [w.unsqueeze(-3) + d[..., ks, :, :] for w, d in zip(weights[1:], directions[1:])]
-        yield upper, z + dz[..., ks, :, :]
+    z, upper = z.unsqueeze(-3), [w.unsqueeze(-3) for w in weights[1:]]
+    parts_of_all = (d.split(chunk) for d in (directions[0] @ x, *directions[1:]))
+    for dz, *parts in zip(*parts_of_all):
+        yield [w + d for w, d in zip(upper, parts)], z + dz
 
 
 def perturbed_losses(weights, x, y, directions, activation):
     """Return the losses at w + d_k, [..., K].
 
-    x: [d_0, n], y: [n]; directions: a list like the weights, [..., K, d_{m+1}, d_m]. Directions
-    without leading dimensions are shared by all runs, which is faster. Raises ValueError if
-    weights, x and y do not fit together.
+    x: [d_0, n], y: [n]; directions: a list like the weights, [K, d_{m+1}, d_m], which all runs
+    share. Raises ValueError if weights, x and y do not fit together.
     """
     check_batch(weights, x, y)
     networks = perturbed(weights, weights[0] @ x, x, directions)
@@ -318,8 +299,8 @@ def sharpness(weights, x, y, directions, activation):
 def sharpness_and_gradient(weights, x, y, directions, activation):
     """Return φ, [...], and its gradient in the weights.
 
-    directions: an iterable of lists as `sharpness` takes them, shared by all runs, so that they
-    need not be in memory at the same time.
+    directions: an iterable of lists as `sharpness` takes them, which need not be in memory at the
+    same time.
     """
     # W_0 x is a leaf: it is computed, and its gradient passed on to W_0, once for all directions
     leaves = [w.detach().requires_grad_() for w in (weights[0] @ x, *weights[1:])]
@@ -509,7 +490,7 @@ class Estimate(NamedTuple):
 
     sharpness: torch.Tensor  # φ (Eq. 4)
     curvature: torch.Tensor  # κ by Eqs. 57 and 60, whose mean is ψ (Eq. 5)
-    loss: torch.Tensor
+    batch_loss: torch.Tensor
     exact_curvature: torch.Tensor  # κ with the mixed derivatives
 
 

@@ -111,7 +111,8 @@ def optimization():
             percent = round(100 * (entries[optimizer]["arms"][arm]["median_factor"] - 1))
             yield f"{optimizer}, {arm}: moves raise |∇L|² by 4 to 6 %", 4 <= percent <= 6
     fashion = summary("figures/optimization/FashionMNIST")["momentum"]["differences"]
-    yield page, in_thousandths(fashion["kept − plain"]["40"])
+    for arm in ("kept", "teleport"):
+        yield page, in_thousandths(fashion[f"{arm} − plain"]["40"])
     cifar = summary("figures/5runs-10epochs/optimization/CIFAR10")["AdaGrad"]["differences"]
     yield page, in_thousandths(cifar["reset − plain"]["10"])
 
@@ -125,6 +126,11 @@ def generalization():
     for arm in ("sharpness decrease", "curvature increase"):
         yield page, in_thousandths(cifar[f"{arm} − plain"]["40"])
     yield page, in_thousandths(entries["MNIST"]["differences"]["curvature increase − plain"]["40"])
+    falls = [
+        -entries[name]["moves"]["curvature increase"]["change"]["kappa"]
+        for name in ("MNIST", "FashionMNIST")
+    ]
+    yield page, f"κ falls by {listed(falls, '.2f')}"
     for name, entry in entries.items():
         for pair, by_epoch in entry["differences"].items():
             if pair.endswith("− plain"):
@@ -182,14 +188,14 @@ def quantisation():
         if name != "agreement"
     ]
     yield "per tensor the interval excludes 0 for four networks", sum(excluded) == 4
-    cnn = entries["CNN, Fashion-MNIST"]["accuracy"]
-    yield "README.md", f"keeps an accuracy of {cnn['trained'][tensor][four_bits]:.2f};"
-    yield "README.md", f"keeps {cnn['teleported'][tensor][four_bits]:.2f}, of"
+    resnet = entries["ResNet, CIFAR-10"]["accuracy"]
+    yield "README.md", f"keeps an accuracy of {resnet['trained'][tensor][four_bits]:.2f};"
+    yield "README.md", f"keeps {resnet['teleported'][tensor][four_bits]:.2f}, of"
 
 
 def readme():
     page = "README.md"
-    for optimizer in ("momentum", "Adam"):
+    for optimizer in ("momentum", "RMSprop", "Adam"):
         worth = summary("figures/learning_rate/MNIST")[optimizer]["kept"]["test_loss"]["worth"]
         yield page, f"{number(worth['mean'][4], '.2f')} ({optimizer})"
     entries = summary("figures/correlation").values()

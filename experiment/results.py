@@ -207,7 +207,11 @@ def warn_of_other_code(logs):
             if about["made_with"]["code"] != [version_of(log.code)]:
                 folders.add(log.path.parent)
     for folder in sorted(folders):
-        print(f"{folder} has results of another version of the code; using them.", file=sys.stderr)
+        print(
+            f"{folder} has results of another version of the code; using them. "
+            "To compute anew, move it away, or choose another --output.",
+            file=sys.stderr,
+        )
 
 
 @functools.cache

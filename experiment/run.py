@@ -1,6 +1,7 @@
 """How a script runs: its options, its tasks in worker processes, and its errors as sentences."""
 
 import argparse
+import contextlib
 import datetime
 import multiprocessing
 import multiprocessing.connection
@@ -18,7 +19,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from .results import ROOT, UserError
+from .results import ROOT, UserError, check_writable
 
 RANK, WORLD = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -29,11 +30,11 @@ def whole_number(least):
     """Return an argparse type: a whole number from `least` to a million."""
 
     def parse(text):
-        digits = text.isascii() and text.isdecimal() and len(text) < 8
-        if not (digits and least <= int(text) <= 1_000_000):
-            sentence = f"{text!r} is not a whole number from {least} to 1,000,000"
-            raise argparse.ArgumentTypeError(sentence)
-        return int(text)
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= 1_000_000:
+                return int(text)
+        sentence = f"{text!r} is not a whole number from {least} to 1,000,000"
+        raise argparse.ArgumentTypeError(sentence)
 
     return parse
 
@@ -113,6 +114,7 @@ def run_tasks(function, tasks, args, updates, unit):
     updates: how often a task calls bar.update(), each time for one `unit`: a number, or a list of
     one for each task.
     """
+    check_writable(args.output / "logs")
     if WORLD > 1:  # gloo even for GPUs: ranks exchange files only, and wait for each other
         distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if args.device.type == "cpu":

@@ -11,7 +11,7 @@ from torch import nn
 
 from lstm import LSTM
 from models import LeakyReLU
-from teleportation import inverse_group_action_first_order, pseudoinverse
+from teleportation import pseudoinverse
 
 N = 20  # X, Y, W_0 and W_1 are N×N
 SIZES = {"lr": 1, "update": 2 * N * N, "T": N * N}  # of the outputs that an LSTM can have
@@ -106,15 +106,19 @@ class LearnedOptimizer:
         return w - lr * gradient
 
     def teleport(self, w, gradient):
-        """Return the weights after the action of g = I + T, if T is among the LSTMs' outputs."""
+        """Return the weights after the action of g = I + T, if T is among the LSTMs' outputs.
+
+        This is teleportation.inverse_group_action, but that U' = U (I − T), as published.
+        """
         self.feed(gradient, updating=False)
         if "T" not in self.outputs:
             return w
         T, (x, x_pinv, *_) = self.outputs["T"], self.problem
-        g = torch.eye(N).to(x) + (T * (T_NORM / T.norm(dim=-1, keepdim=True))).view_as(x)
+        identity = torch.eye(N).to(x)
+        g = identity + (T * (T_NORM / T.norm(dim=-1, keepdim=True))).view_as(x)
         V, U = w.unbind(-3)
-        U, V = inverse_group_action_first_order(U, V, x, g, ACTIVATION, x_pinv)
-        return torch.stack([V, U], -3)
+        V = ACTIVATION.inverse(g @ ACTIVATION(V @ x)) @ x_pinv
+        return torch.stack([V, U @ (2 * identity - g)], -3)
 
     def begin_window(self):
         """Make the states constants, so that what comes teaches the LSTMs nothing about before."""

@@ -1,13 +1,10 @@
-"""correlation.py: the sample from end to end, resumed after a kill, and its statistics."""
+"""correlation.py: the sample from end to end, interrupted and resumed, and its statistics."""
 
+import contextlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,16 +12,16 @@ import torch
 from scipy import stats
 
 import correlation
-from conftest import GOLDEN
+from conftest import GOLDEN, bar_until
 from correlation import Stack
 from data import TITLES, load_dataset, load_sample, shuffled_batch
 from experiment import results
-from experiment.results import ROOT, Result, UserError
+from experiment.results import ROOT, UserError
 from models import TRAINING, LeakyReLU, evaluate, init_weights, train_epoch_sgd
 from teleportation import RADII, estimate
 
 SMALL = ("--sample", "--dataset", "MNIST", "--runs", 4, "--epochs", 2, "--batches", 3)
-BAR = SimpleNamespace(update=lambda n=1: None)
+BAR = bar_until(np.inf)
 STACK_LOG = "logs/correlation/MNIST-sample-2epochs/runs000-003.npz"
 ESTIMATES_LOG = "logs/correlation/MNIST-sample-2epochs/runs000-003-orthant.npz"
 FIGURES = "figures/sample/4runs-2epochs-3batches"
@@ -33,13 +30,7 @@ FIGURES = "figures/sample/4runs-2epochs-3batches"
 @pytest.fixture
 def run_small(call, tmp_path):
     """Run the script on the small sample in one process; later options override earlier ones."""
-
-    def run_small(*options, output=tmp_path):
-        done = call(correlation, *SMALL, "--processes", 1, "--output", output, *options)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    return run_small
+    return partial(call, correlation, *SMALL, "--processes", 1, "--output", tmp_path)
 
 
 def settings(tmp_path, epochs=2, batches=3):
@@ -61,6 +52,17 @@ def assert_same(a, b):
     assert a.keys() == b.keys() and a
     for key in a:
         np.testing.assert_array_equal(a[key], b[key], err_msg=str(key))
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(correlation, "SAVE_EVERY", 1)
+    args, stack = settings(tmp_path / "whole"), Stack("MNIST", range(2))
+    correlation.measure(stack, args, BAR)
+    args.output = tmp_path / "cut"
+    for updates in (2, 4, 99):
+        with contextlib.suppress(KeyboardInterrupt):
+            correlation.measure(stack, args, bar_until(updates))
+    assert_same(logs(tmp_path / "whole"), logs(tmp_path / "cut"))
 
 
 MNIST_FILE = ROOT / "data/MNIST/raw/train-images-idx3-ubyte"
@@ -97,13 +99,13 @@ def test_a_stack_is_trained_from_its_seeds_and_estimated_on_each_batch(tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_with_the_epoch_named(tmp_path, monkeypatch):
     monkeypatch.setitem(TRAINING, "MNIST", TRAINING["MNIST"]._replace(lr=1e20))
-    stack, data = Stack("MNIST", range(2)), load_sample("MNIST")
     with pytest.raises(UserError, match=r"MNIST, epoch 0: the loss of run \[0\] .* at step"):
-        correlation.train(stack, data, settings(tmp_path), BAR)
+        correlation.measure(Stack("MNIST", range(2)), settings(tmp_path), BAR)
 
 
 def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(run_small, tmp_path):
     done = run_small()
+    assert done.returncode == 0, done.stderr
     figures = tmp_path / FIGURES
     estimates = results.read(tmp_path / ESTIMATES_LOG).arrays
     trained = results.read(tmp_path / STACK_LOG).arrays
@@ -121,9 +123,8 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(run_small, tm
         return {path: path.read_bytes() for path in figures.rglob("*") if path.is_file()}
 
     first = files()
-    assert {f"figure_{n}.{kind}" for n in (9, 10) for kind in ("png", "pdf")} < {
-        path.name for path in first
-    }
+    drawn = {f"figure_{n}.{kind}" for n in (9, 10) for kind in ("png", "pdf")}
+    assert drawn < {path.name for path in first}
     shutil.rmtree(tmp_path / "logs")  # a fresh clone has none
     for path in first:
         if path.suffix != ".npz":
@@ -132,49 +133,23 @@ def test_the_sample_ends_with_table_and_figures_and_is_drawn_again(run_small, tm
     assert files() == first
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_numbers(run_small, tmp_path):
-    options = ["--epochs", 20, "--runs", 54]  # two stacks
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_small(*options, output=whole)
-    command = [sys.executable, ROOT / "correlation.py", *SMALL, *options, "--processes", 2]
-    command = [*map(str, command), "--output", str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = "logs/correlation/MNIST-sample-20epochs"
-    while not (killed / folder / "runs000-049.npz").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / folder / "runs000-049-orthant.npz").exists()
-    run_small(*options, output=killed)
-    assert_same(logs(whole), logs(killed))
-
-
-def test_any_number_of_processes_gives_the_same_bits(run_small, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = ["--dataset", "MNIST", "CIFAR10"]
-    run_small(*options, output=one)
-    run_small(*options, "--processes", 2, output=two)
-    assert_same(logs(one), logs(two))
-
-
 def test_more_batches_extend_a_run_and_fewer_are_its_first(run_small, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
-    run_small("--batches", 8, output=once)  # 5 batches are all of the sample
+    run_small("--batches", 8, "--output", once)  # 5 batches are all of the sample
     for batches in (2, 8, 3):
-        run_small("--batches", batches, output=twice)
+        run_small("--batches", batches, "--output", twice)
     assert_same(logs(once), logs(twice))
     networks = results.read(twice / FIGURES / "correlation/MNIST.npz").arrays
     phi = results.read(twice / ESTIMATES_LOG).arrays["sharpness"]
     np.testing.assert_allclose(networks["sharpness"], phi[:3].mean(0), rtol=1e-6)
 
 
-def test_estimates_of_other_networks_are_refused(run_small, call, tmp_path):
+def test_estimates_of_other_networks_are_refused(run_small, tmp_path):
     run_small()
     trained = results.read(tmp_path / STACK_LOG)
     trained.arrays["test_loss"] += 1
     results.save(tmp_path / STACK_LOG, trained)
-    done = call(correlation, *SMALL, "--processes", 1, "--output", tmp_path)
+    done = run_small()
     assert done.returncode == 2 and "was made with different settings (networks)" in done.stderr
 
 
@@ -188,10 +163,10 @@ def test_a_dataset_joins_those_that_were_run_before(run_small, monkeypatch):
 
 
 def made_up(runs=60):
-    """A Result in which φ is the training loss, φ − L the gap, and ψ knows nothing."""
+    """Arrays in which φ is the training loss, φ − L the gap, and ψ knows nothing."""
     noise = np.random.default_rng(0).normal(size=(4, runs))
     train_loss, gap = 1 + 0.1 * noise[0], 0.5 + 0.05 * noise[1]
-    arrays = {
+    return {
         "seed": np.arange(runs),
         "train_loss": train_loss,
         "test_loss": train_loss + gap,
@@ -201,14 +176,14 @@ def made_up(runs=60):
         "curvature": 2 + noise[3],
         "exact_curvature": 3 + noise[3],
     }
-    about = {"runs": runs, "epochs": 40, "batches": 2, "sphere": False, "sample": False}
-    return Result(arrays, about, {})
 
 
 def test_statistics_and_tables_say_what_made_up_results_say():
-    result = made_up()
-    summaries = {name: correlation.summarise(name, result) for name in ("MNIST", "CIFAR10")}
+    arrays = made_up()
+    summaries = {name: correlation.summarise(name, arrays) for name in ("MNIST", "CIFAR10")}
     correlation.adjust(summaries)
+    about = {"runs": 60, "epochs": 40, "batches": 2, "sphere": False, "sample": False}
+    table = correlation.table_1(summaries, about)
     summary = summaries["MNIST"]
     assert summary["train_loss"]["r"]["pearson"] == pytest.approx(0.9, abs=0.05)
     assert summary["excess"]["r_gap"]["pearson"] > 0.99
@@ -221,7 +196,7 @@ def test_statistics_and_tables_say_what_made_up_results_say():
     phi, other = summary["sharpness"]["r"]["pearson"], 0.704
     z = (np.arctanh(phi) - np.arctanh(other)) / np.sqrt(1 / 57 + 1 / 97)
     assert summary["sharpness"]["published"]["p"] == pytest.approx(2 * stats.norm.sf(abs(z)))
-    assert f"| sharpness φ | {phi:.3f} [" in correlation.table_1(summaries)
-    assert "| ψ, published | −0.050 | −0.167 |" in correlation.table_1(summaries)
-    assert "60 networks per dataset, 40 epochs" in correlation.table_1(summaries)
+    assert f"| sharpness φ | {phi:.3f} [" in table
+    assert "| ψ, published | −0.050 | −0.167 |" in table
+    assert "60 networks per dataset, 40 epochs" in table
     assert correlation.details(summaries).count("| ψ by the exact γ″ |") == 2

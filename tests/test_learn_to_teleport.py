@@ -9,13 +9,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-import models
 import multi_layer_regression as script
 import regression
 from conftest import GOLDEN, bar_until
 from experiment import results
 from regression import LearnedOptimizer, Network, draw_problem, new_training, rollout
-from teleportation import inverse_group_action_first_order, pseudoinverse
 
 SMALL = {
     "LSTM(lr)": (Network(("lr",), 5, 1e-4),),
@@ -45,21 +43,6 @@ def small(monkeypatch):
 
 
 # Problems
-
-
-def test_the_action_errs_by_the_square_of_T(activation):
-    generator = torch.Generator().manual_seed(1)
-    shapes = (3, 4, 5), (3, 5, 6), (6, 6), (3, 5, 5)
-    U, V, h, T = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    h_pinv, outputs = pseudoinverse(h), U @ activation(V @ h)
-    errors = []
-    for size in (1e-2, 1e-3, 1e-4):
-        g = torch.eye(5) + size * T
-        U_new, V_new = inverse_group_action_first_order(U, V, h, g, activation, h_pinv)
-        torch.testing.assert_close(activation(V_new @ h), g @ activation(V @ h))
-        torch.testing.assert_close(U_new, U - U @ (size * T))
-        errors.append((U_new @ activation(V_new @ h) - outputs).norm())
-    np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 100, rtol=1e-6)
 
 
 def test_problems_and_gradient_descent_are_the_published_ones():
@@ -188,13 +171,6 @@ def test_a_stack_is_its_members(method, double):
 
     for stacked, members in zip(losses([3, 4, 5]), zip(*map(losses, [3, 4, 5]))):
         torch.testing.assert_close(stacked, torch.stack(members, 1), rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("activation", [models.Identity(), models.LeakyReLU(0.5)])
-def test_other_activations_with_an_inverse_train(monkeypatch, activation):
-    monkeypatch.setattr(regression, "ACTIVATION", activation)
-    lstms, adam, problem = begin(SMALL["LSTM(lr,tele)"], False)
-    assert regression.train_trajectory(lstms, adam, problem, 12).isfinite()
 
 
 # The script

@@ -10,11 +10,8 @@ from models import (
     MLP,
     Identity,
     LeakyReLU,
-    ReLU,
-    Tanh,
     cross_entropy,
     evaluate,
-    forward,
     init_weights,
     train_epoch,
     train_epoch_sgd,
@@ -60,16 +57,13 @@ def plain_training(weights, x, y, make_optimizer, epochs=2, batch_size=20):
     return [w.detach() for w in weights], torch.stack(means)
 
 
-@pytest.mark.parametrize("activation", [LeakyReLU(), ReLU(), Tanh(), Identity()], ids=repr)
-def test_activations_have_their_derivative_inverse_and_homogeneity(activation):
+@pytest.mark.parametrize("activation", [LeakyReLU(), Identity()], ids=repr)
+def test_an_activation_has_its_derivative_and_inverse(activation):
     x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
     y = activation(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(activation.derivative(x), slope)
-    if hasattr(activation, "inverse"):
-        torch.testing.assert_close(activation.inverse(y), x)
-    if getattr(activation, "homogeneous", False):
-        torch.testing.assert_close(activation(3 * x), 3 * y)
+    torch.testing.assert_close(activation.inverse(y), x)
 
 
 def test_initial_weights_are_the_published_ones(golden):
@@ -80,12 +74,6 @@ def test_initial_weights_of_a_run_do_not_depend_on_the_others():
     stacked = init_weights(WIDTHS, [54321, 3])
     for w, first, second in zip(stacked, init_weights(WIDTHS, 54321), init_weights(WIDTHS, 3)):
         assert torch.equal(w, torch.stack([first, second]))
-
-
-def test_seeds_may_be_numpys():
-    seeds = np.arange(1, 3)
-    for w, expected in zip(init_weights(WIDTHS, seeds), init_weights(WIDTHS, [1, 2])):
-        assert torch.equal(w, expected)
 
 
 def test_loss_is_the_published_one(golden, activation):
@@ -101,7 +89,7 @@ def test_any_leading_dimensions_give_each_member_its_own_logits(activation):
     loss, accuracy = evaluate(stack, x, y, activation, chunk=100)
     for i in range(2):
         for j in range(3):
-            alone = forward([w[i, j] for w in stack], x.T, activation)
+            alone = models.forward([w[i, j] for w in stack], x.T, activation)
             torch.testing.assert_close(logits[i, j], alone)
             torch.testing.assert_close(loss[i, j], F.cross_entropy(alone.T, y))
             torch.testing.assert_close(accuracy[i, j], (alone.argmax(0) == y).float().mean())
@@ -173,31 +161,3 @@ def test_diverged_networks_are_marked_and_replaced():
     weights[0][:] = float("inf")
     with pytest.raises(ValueError, match="all networks diverge"):
         models.replace_diverged(weights, diverged)
-
-
-BAD = {
-    "labels of another number": (lambda w, x, y: (w, x, y[:7]), r"y must be int64 \[330\]"),
-    "labels of another type": (lambda w, x, y: (w, x, y.int()), "not torch.int32"),
-    "labels that are no class": (lambda w, x, y: (w, x, y + 3), "labels must be 0 to 9"),
-    "no samples": (lambda w, x, y: (w, x[:0], y[:0]), r"x must be \[12, n\] with n > 0"),
-    "samples of another size": (lambda w, x, y: (w, x[:, 1:], y), r"not \[11, 330\]"),
-    "samples of another type": (lambda w, x, y: (w, x.float(), y), "floating-point type and dev"),
-    "integers": (lambda w, x, y: ([v.long() for v in w], x.long(), y), "one floating-point type"),
-    "another device": (lambda w, x, y: (w, x.to("meta"), y), "on meta"),
-    "layers that do not fit": (lambda w, x, y: ([w[0], w[2]], x, y), "weights must be"),
-    "other runs in a layer": (lambda w, x, y: ([w[0][:1], *w[1:]], x, y), "weights must be"),
-    "no layers": (lambda w, x, y: ([], x, y), "weights must be"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_what_does_not_fit_is_named(bad, activation):
-    spoil, words = BAD[bad]
-    weights, x, y = spoil(double_weights([1, 2]), *made_up_data())
-    for function in (
-        lambda: cross_entropy(weights, x.T, y, activation),
-        lambda: evaluate(weights, x, y, activation),
-        lambda: train_epoch_sgd(weights, x, y, 0.1, activation),
-    ):
-        with pytest.raises(ValueError, match=words):
-            function()

@@ -44,19 +44,16 @@ def count(log, steps, bar=None, every=1):
 
 
 def test_a_saved_result_comes_back(log):
-    save(log, a=torch.arange(3.0), b=np.ones((2, 2)), seconds=1.5)
+    contents = []
+    for _ in range(2):
+        save(log, a=torch.arange(3.0), b=np.ones((2, 2)), seconds=1.5)
+        contents.append(log.path.read_bytes())
+    assert contents[0] == contents[1]
     result = results.load(log)
     assert result.arrays.keys() == {"a", "b", "seconds"}
     assert result.arrays["a"].tolist() == [0, 1, 2] and float(result.arrays["seconds"]) == 1.5
     assert result.settings == {"epochs": 3, "widths": [4, 2]}
     assert result.made_with["torch"] == torch.__version__ and len(result.made_with["code"]) == 1
-
-
-def test_the_same_result_is_the_same_bytes(log, tmp_path):
-    save(log, a=np.arange(3))
-    first = log.path.read_bytes()
-    save(log, a=np.arange(3))
-    assert log.path.read_bytes() == first
 
 
 def test_a_result_with_other_settings_is_refused_and_the_settings_are_named(log):
@@ -66,13 +63,13 @@ def test_a_result_with_other_settings_is_refused_and_the_settings_are_named(log)
         results.load(other)
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "altered", "text", "array", "no about"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "altered", "array", "no about"])
 def test_a_damaged_or_foreign_file_is_named_and_counts_as_missing(log, capsys, damage):
     save(log, a=np.arange(1000.0))
     content = bytearray(log.path.read_bytes())
     half = content[: len(content) // 2]
     content[len(content) // 2] ^= 0xFF
-    parts = {"empty": b"", "truncated": half, "altered": content, "text": b"hello"}
+    parts = {"empty": b"", "truncated": half, "altered": content}
     if damage in parts:
         log.path.write_bytes(parts[damage])
     else:
@@ -80,6 +77,8 @@ def test_a_damaged_or_foreign_file_is_named_and_counts_as_missing(log, capsys, d
             np.save(file, np.ones(1)) if damage == "array" else np.savez(file, a=np.ones(1))
     assert results.load(log) is None
     assert "result.npz is damaged" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"result.npz is missing: run without --plot-only"):
+        results.read_all(log.path.parent, ["result"], required=["result"])
 
 
 def test_no_altered_byte_ends_in_a_traceback(log):
@@ -191,8 +190,9 @@ def test_results_of_other_code_are_named_and_keep_all_versions_that_worked_on_th
         results.warn_of_other_code([log, log._replace(path=tmp_path / "missing.npz")])
         count(log, 2 * k)
     assert results.load(log).made_with["code"] == versions and len(set(versions)) == 2
-    message = f"{log.path.parent} has results of another version of the code; using them.\n"
-    assert capsys.readouterr().err == message
+    message = f"{log.path.parent} has results of another version of the code; using them. "
+    warning = capsys.readouterr().err
+    assert warning.startswith(message) and warning.count("\n") == 1  # once, by the second run
 
 
 def test_results_are_saved_where_there_is_no_git(log, tmp_path, monkeypatch):

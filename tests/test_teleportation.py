@@ -1,29 +1,27 @@
-"""teleportation.py: golden numbers, finite differences, plain formulas, stacks against members."""
+"""teleportation.py: published numbers, finite differences, stacks against their members."""
+
+from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import teleportation
 from conftest import GOLDEN
-from models import Identity, LeakyReLU, ReLU, Tanh, cross_entropy, forward, init_weights
+from models import Identity, LeakyReLU, cross_entropy, forward, init_weights
 from parameter_symmetries.ascent import slopes
 from teleportation import (
-    FIRST_ORDER,
     INVERSE_ACTIVATION,
     LINEAR,
     PSEUDOINVERSE,
     RESCALING,
     Action,
     act,
-    ascend_to,
     curvature,
     curvature_along,
     curve_derivatives,
     estimate,
     gradient_norm_squared,
     group_action,
-    loss_and_gradient_norm_squared,
     orbit_of,
     pseudoinverse,
     random_directions,
@@ -37,36 +35,21 @@ from teleportation import (
     two_derivatives,
     with_mixed_derivatives,
 )
-from teleports import level_set_ascent
 
 WIDTHS = (12, 6, 5, 10)
 
 
 class Softplus(torch.nn.Softplus):
-    """A user's own activation."""
+    """A user's own activation, which has no inverse and is not homogeneous."""
 
     def derivative(self, x):
         return x.sigmoid()
 
 
-ROTATION = Action(  # a user's own action, on the hidden units of linear networks
-    lambda U, V, h, g, activation: (U @ g.mT, g @ V),
-    lambda activation: isinstance(activation, Identity),
-    lambda T: (T - T.mT) / 2,
-    torch.linalg.matrix_exp,
-)
-ACTIONS = {
-    "pseudoinverse": PSEUDOINVERSE,
-    "inverse activation": INVERSE_ACTIVATION,
-    "first order": FIRST_ORDER,
-    "rescaling": RESCALING,
-    "linear": LINEAR,
-    "rotation": ROTATION,
-}
 DEFINED = [
-    pytest.param(action, activation, id=f"{name}, {activation}")
-    for name, action in ACTIONS.items()
-    for activation in (LeakyReLU(), ReLU(), Tanh(), Identity(), Softplus())
+    pytest.param(action, activation, id=f"{action.act.__name__}, {activation}")
+    for action in (PSEUDOINVERSE, INVERSE_ACTIVATION, RESCALING, LINEAR)
+    for activation in (LeakyReLU(), Identity(), Softplus())
     if action.is_defined(activation)
 ]
 
@@ -97,10 +80,7 @@ def small_elements(action, size=0.05):
 
 @pytest.fixture
 def case():
-    """Three networks, a batch, five directions of different lengths and two generators.
-
-    With ReLU, too, their hidden activations have full rank on the batch and on its first images.
-    """
+    """Three networks, a batch, five directions of different lengths and two generators."""
     weights = [w.double() for w in init_weights(WIDTHS, [0, 3, 12])]
     y = torch.randint(10, (20,), generator=torch.Generator().manual_seed(5))
     rng = torch.Generator().manual_seed(6)
@@ -112,11 +92,6 @@ def case():
 # Group actions
 
 
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 6), (3, 6, 20)])
-def test_pseudoinverse_is_torchs(shape):
-    torch.testing.assert_close(pseudoinverse(normal(*shape)), torch.linalg.pinv(normal(*shape)))
-
-
 @pytest.mark.parametrize("tall", [False, True])
 def test_matrices_of_less_rank_are_named_and_inverted_as_torch_does(tall):
     h = normal(2, 3, 4, 9)
@@ -125,6 +100,7 @@ def test_matrices_of_less_rank_are_named_and_inverted_as_torch_does(tall):
     with pytest.warns(UserWarning, match=r"of the runs \[\[1, 2\]\] do not have full rank"):
         inverse = pseudoinverse(h)
     torch.testing.assert_close(inverse, torch.linalg.pinv(h))
+    torch.testing.assert_close(pseudoinverse(h[0, 0]), inverse[0, 0])
     with pytest.warns(UserWarning, match="do not have full rank"):
         torch.testing.assert_close(pseudoinverse(h[1, 2]), inverse[1, 2])
 
@@ -143,43 +119,24 @@ def test_a_matrix_that_is_not_finite_is_named_and_the_others_are_inverted(value)
 
 @pytest.mark.parametrize(("action", "activation"), DEFINED)
 def test_an_action_keeps_what_it_promises_to_keep(case, action, activation):
-    """The function, the outputs on a batch as small as the layers, or these to first order."""
+    """The function, or the outputs on a batch that is no larger than the layers."""
     weights, x = case[0], case[1][:, :4] / 3
-    if action in (RESCALING, LINEAR, ROTATION):
+    if action in (RESCALING, LINEAR):
         x = 100 * normal(12, 50)
-    outputs = forward(weights, x, activation)
     moved = act(weights, x, small_elements(action), activation, action)
-    change = forward(moved, x, activation) - outputs
     assert all((new - w).abs().max() > 1e-3 for new, w in zip(moved, weights))
-    if action is FIRST_ORDER:
-        nearer = act(weights, x, small_elements(action, 0.05 / 8), activation, action)
-        nearer_change = forward(nearer, x, activation) - outputs
-        assert nearer_change.norm() < change.norm() / 50
-    else:
-        torch.testing.assert_close(change, torch.zeros_like(change), atol=1e-7, rtol=0)
+    outputs = [forward(networks, x, activation) for networks in (weights, moved)]
+    torch.testing.assert_close(*outputs, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("action", [PSEUDOINVERSE, INVERSE_ACTIVATION, RESCALING])
-def test_the_identity_acts_as_nothing_and_elements_compose(case, activation, action):
+def test_elements_compose(case, activation, action):
     (V, U, _), x = case[0], case[1][:, :4]  # so few images that the outputs are kept
-
-    def hidden_and_outputs(U, V):
-        return V @ x, U @ activation(V @ x)
-
     g, h = small_elements(action)[0], small_elements(action, 0.1)[0]
-    identity = action.element(torch.zeros(3, 6, 6, dtype=torch.float64))
-    nothing = hidden_and_outputs(*action.act(U, V, x, identity, activation))
-    torch.testing.assert_close(nothing, hidden_and_outputs(U, V))
-    once = action.act(U, V, x, g @ h, activation)
-    twice = action.act(*action.act(U, V, x, h, activation), x, g, activation)
-    torch.testing.assert_close(hidden_and_outputs(*twice), hidden_and_outputs(*once))
-
-
-def test_on_a_large_batch_the_refit_is_the_least_squares_one(case, activation):
-    V, U = case[0][0][0], case[0][1][0]
-    U_new, V_new = group_action(U, V, case[1], small_elements(PSEUDOINVERSE)[0][0], activation)
-    hidden, outputs = activation(V_new @ case[1]), U @ activation(V @ case[1])
-    torch.testing.assert_close(U_new, torch.linalg.lstsq(hidden.T, outputs.T).solution.T)
+    U_once, V_once = action.act(U, V, x, g @ h, activation)
+    U_twice, V_twice = action.act(*action.act(U, V, x, h, activation), x, g, activation)
+    torch.testing.assert_close(V_once @ x, V_twice @ x)
+    torch.testing.assert_close(U_once @ activation(V_once @ x), U_twice @ activation(V_twice @ x))
 
 
 def test_random_elements_are_as_far_from_the_identity_and_in_the_group():
@@ -199,9 +156,8 @@ BAD = {
     "a matrix for each pair is missing": (lambda w, g: (w, g[:1]), PSEUDOINVERSE, LeakyReLU()),
     "a matrix of another size": (lambda w, g: (w, [g[0], g[0]]), PSEUDOINVERSE, LeakyReLU()),
     "one layer": (lambda w, g: (w[:1], []), PSEUDOINVERSE, LeakyReLU()),
-    "no layers": (lambda w, g: ([], []), PSEUDOINVERSE, LeakyReLU()),
-    "no inverse": (lambda w, g: (w, g), INVERSE_ACTIVATION, ReLU()),
-    "not homogeneous": (lambda w, g: (w, g), RESCALING, Tanh()),
+    "no inverse": (lambda w, g: (w, g), INVERSE_ACTIVATION, Softplus()),
+    "not homogeneous": (lambda w, g: (w, g), RESCALING, Softplus()),
 }
 
 
@@ -209,17 +165,15 @@ BAD = {
 def test_what_does_not_fit_an_action_is_named(case, bad):
     spoil, action, activation = BAD[bad]
     weights, elements = spoil(case[0], small_elements(PSEUDOINVERSE))
-    with pytest.raises(ValueError, match="needs a square matrix|not defined|must be"):
+    with pytest.raises(ValueError, match="needs a square matrix|not defined"):
         act(weights, case[1], elements, activation, action)
 
 
 # Ascent, and teleports to a larger gradient
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stack"])
-def test_group_action_and_slopes_are_the_published_ones(golden, activation, stacked):
-    weights = stack_with(golden["weights"]) if stacked else golden["weights"]
-    run, x, y = (1 if stacked else ...), golden["x"], golden["y"]
+def test_group_action_and_slopes_are_the_published_ones(golden, activation):
+    weights, run, x, y = stack_with(golden["weights"]), 1, golden["x"], golden["y"]
 
     def objective(weights):
         return gradient_norm_squared(weights, x, y, activation)
@@ -250,31 +204,35 @@ def test_one_step_is_the_published_one_to_first_order(golden, activation):
     assert norms(weights) == pytest.approx(expected["weight_norms"], abs=1e-4)
 
 
-OBJECTIVES = {
-    "|∇L|²": lambda case, σ: lambda w: gradient_norm_squared(w, case[1], case[2], σ),
-    "φ": lambda case, σ: lambda w: sharpness(w, case[1], case[2], case[3], σ),
-    "κ": lambda case, σ: lambda w: curvature_along(w, case[1], 3 * case[4][1], 1, σ)[0],
-}
+def assert_slope_is_finite_difference(objective, weights, orbit):
+    """Along its slope an objective changes by the slope's length."""
+    _, slope = slopes(orbit, objective, weights)
+    length = sum(t.square().sum((-2, -1)) for t in slope).sqrt()
+    ends = []
+    for step in (1e-6, -1e-6):
+        T = [step * t / length[:, None, None] for t in slope]
+        elements = [a.element(t) for a, t in zip(orbit.actions, T)]
+        ends.append(objective(orbit.act(weights, elements)))
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, length, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize(("action", "activation"), DEFINED)
-def test_slopes_are_finite_differences(case, action, activation):
-    """Along its slope every objective changes by the slope's length."""
-    weights, orbit = case[0], orbit_of(case[0], case[1], activation, action)
-    for name, make in OBJECTIVES.items():
-        if name == "κ" and not isinstance(activation, LeakyReLU):
-            continue  # one activation suffices
-        objective = make(case, activation)
-        _, slope = slopes(orbit, objective, weights)
-        length = sum(t.square().sum((-2, -1)) for t in slope).sqrt()
-        if action is ROTATION and name == "|∇L|²":
-            torch.testing.assert_close(length, torch.zeros_like(length))  # rotations keep it
-            continue
-        ends = []
-        for step in (1e-6, -1e-6):
-            T = [step * t / length[:, None, None] for t in slope]
-            ends.append(objective(orbit.act(weights, [action.element(t) for t in T])))
-        torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, length, rtol=1e-4, atol=1e-8)
+def test_slopes_of_sharpness_and_of_the_gradient_are_finite_differences(case, action, activation):
+    weights, x, y, directions, _ = case
+    orbit = orbit_of(weights, x, activation, action)
+    batch = {"x": x, "y": y, "activation": activation}
+    assert_slope_is_finite_difference(partial(gradient_norm_squared, **batch), weights, orbit)
+    phi = partial(sharpness, directions=directions, **batch)
+    assert_slope_is_finite_difference(phi, weights, orbit)
+
+
+@pytest.mark.parametrize("action", [PSEUDOINVERSE, RESCALING])
+def test_slopes_of_curvature_are_finite_differences(case, activation, action):
+    def kappa(weights):
+        return curvature_along(weights, case[1], 3 * case[4][1], 1, activation)[0]
+
+    orbit = orbit_of(case[0], case[1], activation, action)
+    assert_slope_is_finite_difference(kappa, case[0], orbit)
 
 
 @pytest.mark.parametrize("n", [4, 20], ids=["few images", "many images"])
@@ -285,8 +243,7 @@ def test_a_teleport_ascends_and_a_stack_moves_as_its_members_do_alone(case, acti
     moved, path = teleport(weights, x, y, 1e-4, 3, activation, return_path=True, action=action)
     norm = gradient_norm_squared(moved, x, y, activation)
     torch.testing.assert_close(path["objective"][-1], norm)
-    if action is not ROTATION:
-        assert (path["objective"].diff(dim=0) > 0).all()
+    assert (path["objective"].diff(dim=0) > 0).all()
     for run in range(3):
         alone = teleport(member(weights, run), x, y, 1e-4, 3, activation, action=action)
         torch.testing.assert_close(member(moved, run), alone)
@@ -296,7 +253,7 @@ def test_an_action_needs_no_shortcut_to_the_span_of_the_batch(case, activation):
     """The same as PSEUDOINVERSE, but that it does not say that V' = gV."""
     weights, x, y, *_ = case
     shortcut, path = teleport(weights, x, y, 1e-2, 3, activation, return_path=True)
-    plain = teleport(weights, x, y, 1e-2, 3, activation, action=Action(group_action))
+    plain = teleport(weights, x, y, 1e-2, 3, activation, action=Action("plain", group_action))
     torch.testing.assert_close(shortcut, plain, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(shortcut[0], path["group_elements"][0] @ weights[0])
 
@@ -322,75 +279,16 @@ def test_a_run_whose_activations_lost_their_rank_does_not_stop_the_others(case, 
         torch.testing.assert_close(w[[0, 2]], other[[0, 2]])
 
 
-@pytest.mark.parametrize("factor", [1.1, 0.99])
-def test_runs_move_until_the_gradient_has_changed_by_a_factor(case, activation, factor):
-    weights, x, y, *_ = case
-
-    def objective(weights):
-        return gradient_norm_squared(weights, x, y, activation)
-
-    start = objective(weights)
-    target = factor * start
-    target[0] = start[0] * (1 + 100 * (factor - 1))  # out of reach of so few steps
-    how = (x, 1e-2, 30, activation, RESCALING)
-    moved, path = ascend_to(target, objective, weights, *how)
-    torch.testing.assert_close(objective(moved), path[-1])
-    assert ((factor - 1) * (path[-1] - target) >= 0).tolist() == [False, True, True]
-    torch.testing.assert_close(path[-1, 1:], target[1:], rtol=1e-3, atol=0)
-    for run in range(3):
-        alone, _ = ascend_to(target[run], objective, member(weights, run), *how)
-        torch.testing.assert_close(member(moved, run), alone)
-
-
-def test_ascent_within_the_level_set_keeps_the_loss_and_beats_rescaling(case, activation):
-    weights, x, y, *_ = case
-
-    def loss_and_norm(weights):
-        return loss_and_gradient_norm_squared(weights, x, y, activation)
-
-    loss, norm = loss_and_norm(weights)
-    moved, path = level_set_ascent(weights, x, y, 2e-4, 10, activation)
-    new_loss, new_norm = loss_and_norm(moved)
-    torch.testing.assert_close(new_loss, loss, rtol=1e-7, atol=0)
-    torch.testing.assert_close(path["objective"][-1], new_norm)
-    assert (path["objective"].diff(dim=0) > 0).all()
-
-    orbit = orbit_of(weights, x, activation, RESCALING)
-    _, slope = slopes(orbit, lambda w: loss_and_norm(w)[1], weights)
-    rescaled = orbit.act(weights, [RESCALING.element(1e-4 * t / t.norm()) for t in slope])
-    length = sum((a - b).square().sum((-2, -1)) for a, b in zip(rescaled, weights)).sqrt()
-    for run in range(3):
-        far = level_set_ascent(member(weights, run), x, y, length[run], 1, activation)[0]
-        assert loss_and_norm(far)[1] > loss_and_norm(rescaled)[1][run]
-
-
 # Sharpness
-
-
-def plain_loss(weights, x, y):
-    for w in weights[:-1]:
-        x = F.leaky_relu(w @ x, 0.1)
-    return F.cross_entropy((weights[-1] @ x).T, y)
 
 
 def test_sharpness_is_the_mean_loss_of_the_perturbed_networks(case, activation, monkeypatch):
     weights, x, y, directions, _ = case
     phi = sharpness(weights, x, y, directions, activation)
-    for run in range(3):
-        networks = [[w[run] + d[k] for w, d in zip(weights, directions)] for k in range(5)]
-        losses = torch.stack([plain_loss(network, x, y) for network in networks])
-        torch.testing.assert_close(phi[run], losses.mean())
+    networks = [w[:, None] + d for w, d in zip(weights, directions)]  # [runs, directions, ...]
+    torch.testing.assert_close(phi, cross_entropy(networks, x, y, activation).mean(1))
     monkeypatch.setattr(teleportation, "CHUNK", 2 * 3 * WIDTHS[1] * 20)  # two directions at a time
     torch.testing.assert_close(sharpness(weights, x, y, directions, activation), phi)
-
-
-def test_directions_may_differ_between_runs(case, activation):
-    weights, x, y, directions, _ = case
-    of_runs = [torch.stack([d, -d, 2 * d]) for d in directions]
-    phi = sharpness(weights, x, y, of_runs, activation)
-    for run in range(3):
-        alone = sharpness(member(weights, run), x, y, member(of_runs, run), activation)
-        torch.testing.assert_close(phi[run], alone)
 
 
 @pytest.mark.parametrize("chunk", [teleportation.CHUNK, 1])
@@ -406,73 +304,36 @@ def test_the_gradient_of_sharpness_is_autograds(case, activation, chunk, monkeyp
     torch.testing.assert_close(gradient, list(expected))
 
 
-@pytest.mark.parametrize("sphere", [False, True], ids=["orthant", "sphere"])
-def test_directions_have_the_radii_as_norms(sphere):
+def test_directions_on_the_sphere_have_the_radii_as_norms_and_both_signs():
     radii = [0.1, 1.0, 3.0]
-    directions = random_directions(WIDTHS, radii, torch.Generator().manual_seed(0), sphere)
-    assert [d.shape[1:] for d in directions] == [w.shape for w in init_weights(WIDTHS, 0)]
+    directions = random_directions(WIDTHS, radii, torch.Generator().manual_seed(0), sphere=True)
     flat = torch.cat([d.flatten(1) for d in directions], dim=1)
     torch.testing.assert_close(flat.norm(dim=1), torch.tensor(radii))
-    assert bool((flat < 0).any()) == sphere
-
-
-DRAWS = {"steps": 2, "radii": [0.5, 1.0], "per_radius": 3, "seed": 4, "return_path": True}
+    assert ((flat < 0).double().mean(1) - 0.5).abs().max() < 0.1
 
 
 def test_teleports_in_sharpness_move_each_run_as_it_would_move_alone(case, activation):
     weights, x, y, *_ = case
-    lr, stop = torch.tensor([-1.0, 1.0, 1.0]).double(), torch.tensor([9, 9, 0.0])
-    moved, _ = teleport_sharpness(weights, x, y, lr, activation=activation, stop=stop, **DRAWS)
+    lr, stop = torch.tensor([-1.0, 1e9, 1.0]).double(), torch.tensor([9, 9, 0.0])
+    draws = {"steps": 2, "radii": [0.5, 1.0], "per_radius": 3, "seed": 4, "activation": activation}
+    draws |= {"return_path": True, "max_norm": 0.05}
+    moved, path = teleport_sharpness(weights, x, y, lr, stop=stop, **draws)
     before, after = (sharpness(w, x, y, case[3], activation) for w in (weights, moved))
     assert ((after - before).sign() == torch.tensor([-1, 1, 0])).all()
     torch.testing.assert_close(member(moved, 2), member(weights, 2))
+    for g in path["group_elements"]:
+        lengths = (g - torch.eye(len(g[0]))).norm(dim=(-2, -1))
+        assert lengths[2] == 0 and lengths[0] < lengths[1] < 2 * 0.05 + 0.05**2
     for run in range(3):
-        limits = {"activation": activation, "stop": stop[run]}
-        alone = teleport_sharpness(member(weights, run), x, y, lr[run], **limits, **DRAWS)[0]
+        alone, _ = teleport_sharpness(member(weights, run), x, y, lr[run], stop=stop[run], **draws)
         torch.testing.assert_close(member(moved, run), alone)
-
-
-def test_a_step_in_sharpness_is_no_longer_than_the_longest(case, activation):
-    lr = torch.tensor([1e-3, 1e9, -1e9]).double()
-    arguments, draws = (*case[:3], lr), DRAWS | {"steps": 1, "activation": activation}
-    _, free = teleport_sharpness(*arguments, **draws)
-    _, cut = teleport_sharpness(*arguments, max_norm=0.5, **draws)
-    for g, expected in zip(cut["group_elements"], free["group_elements"]):
-        T, far = g - torch.eye(len(g[0])), expected - torch.eye(len(g[0]))
-        torch.testing.assert_close(T[0], far[0])
-        torch.testing.assert_close(T[1:], 0.5 * far[1:] / far[1:].norm(dim=(-2, -1), keepdim=True))
 
 
 # Curvature
 
 
-def plain_curve_derivatives(weights, x, generators):
-    """γ' and γ'' of one network, pair by pair, from Eqs. 57 and 60 as they stand."""
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    for m, M in enumerate(generators):
-        h = x
-        for w in weights[:m]:
-            h = F.leaky_relu(w @ h, 0.1)
-        z = weights[m] @ h
-        slope = torch.where(z > 0, 1.0, 0.1).double()
-        for k, total in ((1, first), (2, second)):
-            power = torch.linalg.matrix_power(M, k)
-            total[m] += power @ F.leaky_relu(z, 0.1) / slope @ torch.linalg.pinv(h)
-            total[m + 1] += (-1) ** k * weights[m + 1] @ power
-    return first, second
-
-
-def plain_curvature(first, second):
-    """κ as the part of γ'' across γ', over |γ'|²."""
-    first, second = (torch.cat([w.flatten() for w in ws]) for ws in (first, second))
-    tangent = first / first.norm()
-    return (second - second.dot(tangent) * tangent).norm() / first.norm() ** 2
-
-
-@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stack"])
-def test_estimators_are_the_published_ones(golden, activation, stacked):
-    weights = stack_with(golden["weights"]) if stacked else golden["weights"]
-    run = 1 if stacked else ...
+def test_estimators_are_the_published_ones(golden, activation):
+    weights, run = stack_with(golden["weights"]), 1
     phi = sharpness(weights, golden["x"], golden["y"], golden["directions"], activation)
     assert phi[run].item() == pytest.approx(golden["perturbed_loss"], abs=1e-8)
     first, second = curve_derivatives(weights, golden["x"], golden["generators"], activation)
@@ -480,28 +341,6 @@ def test_estimators_are_the_published_ones(golden, activation, stacked):
     assert norms(member(second, run)) == pytest.approx(golden["gamma_2_norms"], abs=1e-8)
     kappa = curvature(first, second)[run]
     assert kappa.item() == pytest.approx(golden["curvature"], abs=1e-8)
-
-
-def test_curvature_is_that_of_the_plain_formulas_at_any_speed(case, activation):
-    weights, x, _, _, generators = case
-    first, second = curve_derivatives(weights, x, generators, activation)
-    kappa = curvature(first, second)
-    for run in range(3):
-        plain = plain_curve_derivatives(member(weights, run), x, generators)
-        torch.testing.assert_close((member(first, run), member(second, run)), plain)
-        torch.testing.assert_close(kappa[run], plain_curvature(*plain))
-    # with t = 3 s + s², dγ/ds = 3 γ' and d²γ/ds² = 9 γ'' + 2 γ' at 0
-    faster = [3 * a for a in first], [9 * b + 2 * a for a, b in zip(first, second)]
-    torch.testing.assert_close(curvature(*faster), kappa)
-
-
-def test_generators_may_have_leading_dimensions(case, activation):
-    weights, x, generators = member(case[0], 0), case[1], case[4]
-    many = [torch.stack([M, -M, M @ M]) for M in generators]
-    kappa = curvature(*curve_derivatives(weights, x, many, activation))
-    for k in range(3):
-        alone = curve_derivatives(weights, x, member(many, k), activation)
-        torch.testing.assert_close(kappa[k], curvature(*alone))
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -520,47 +359,16 @@ def test_with_the_mixed_derivatives_the_closed_form_is_that_of_the_curve(case, a
     assert (middle > 1e-2) == (layers == 3)
 
 
-def test_generators_have_norm_one_and_come_from_their_seed():
-    first, again = (random_generators(WIDTHS, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert [M.shape for M in first] == [(6, 6), (5, 5)]
-    for M, same in zip(first, again):
-        assert M.norm().item() == pytest.approx(1) and M.min() >= 0 and torch.equal(M, same)
-
-
-@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stack"])
-def test_curvature_along_exp_is_the_published_one(activation, stacked):
+def test_curvature_along_exp_is_the_published_one(activation):
     (golden,) = GOLDEN["curvature_along_exp"]
     seed, widths, layer = golden["seed"], golden["widths"], golden["layer"]
-    weights = [w.double() for w in init_weights(widths, seed)]
-    weights = stack_with(weights) if stacked else weights
+    weights = stack_with([w.double() for w in init_weights(widths, seed)])
     x = torch.rand(widths[0], golden["n"], generator=torch.Generator().manual_seed(seed + 1))
     d = widths[layer + 1]
     M = torch.rand(d, d, generator=torch.Generator().manual_seed(seed + 4)).double()
     kappa, slope = curvature_along(weights, x.double(), M, layer, activation)
-    run = 1 if stacked else ...
-    assert kappa[run].item() == pytest.approx(golden["curvature"], abs=1e-8)
-    assert slope[run].item() == pytest.approx(golden["curvature_derivative"], abs=1e-8)
-
-
-def test_curvature_along_is_that_of_finite_differences(case, activation):
-    """κ from differences of the curve, dκ/dt from differences of κ along the same curve."""
-    weights, x, M = member(case[0], 0), case[1], 3 * case[4][1]
-    h = activation(weights[0] @ x)
-
-    def gamma(t):
-        g = torch.linalg.matrix_exp(t * M)
-        return group_action(weights[2], weights[1], h, g, activation)
-
-    def kappa_at(t, step=1e-4):
-        before, here, after = gamma(t - step), gamma(t), gamma(t + step)
-        first = [(b - a) / (2 * step) for a, b in zip(before, after)]
-        second = [(a - 2 * m + b) / step**2 for a, m, b in zip(before, here, after)]
-        return curvature(first, second)
-
-    kappa, derivative = curvature_along(weights, x, M, 1, activation)
-    torch.testing.assert_close(kappa_at(0), kappa, rtol=1e-5, atol=0)
-    slope = (kappa_at(1e-3) - kappa_at(-1e-3)) / 2e-3
-    torch.testing.assert_close(slope, derivative, rtol=1e-3, atol=0)
+    assert kappa[1].item() == pytest.approx(golden["curvature"], abs=1e-8)
+    assert slope[1].item() == pytest.approx(golden["curvature_derivative"], abs=1e-8)
 
 
 def test_curvature_along_takes_of_a_generator_what_the_action_allows(case, activation):
@@ -613,14 +421,5 @@ def test_estimates_are_those_of_each_network_on_the_whole_inputs(activation):
     phi = sharpness(weights, x, y, d, activation)
     torch.testing.assert_close(estimates.sharpness, phi)
     torch.testing.assert_close(estimates.curvature, curvature(first, second))
-    torch.testing.assert_close(estimates.loss, cross_entropy(weights, x, y, activation))
+    torch.testing.assert_close(estimates.batch_loss, cross_entropy(weights, x, y, activation))
     torch.testing.assert_close(estimates.exact_curvature, curvature(first, exact))
-
-
-@pytest.mark.parametrize("function", [gradient_norm_squared, sharpness])
-def test_results_that_are_not_finite_name_the_runs(case, activation, function):
-    weights, x, y, directions, _ = case
-    weights[-1][1, 0, 0] = float("nan")
-    arguments = (directions, activation) if function is sharpness else (activation,)
-    with pytest.warns(UserWarning, match=r"is not finite for the runs \[\[1\]\]"):
-        function(weights, x, y, *arguments)
