@@ -110,7 +110,7 @@ def factor_of(loss, plain, factors):
     distance = np.where(crosses, abs(crossing), np.inf)
     nearest = distance.argmin(-1)[..., None]
     chosen = np.take_along_axis(crossing, nearest, -1)[..., 0]
-    return np.where(crosses.any(-1), np.exp(chosen), np.nan)
+    return np.exp(np.where(crosses.any(-1), chosen, np.nan))
 
 
 def plain_at(factor, plain, factors):
