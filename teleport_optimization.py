@@ -195,8 +195,8 @@ def train_arms(log, setting, arms, args, bar, moments=None):
 def train_epoch(state, data, setting, arms, moments):
     """Return the state of a stack, as `train_arms` saves it, after one epoch more.
 
-    moments: of this epoch. After each of them arms get a new optimizer, if they have one. Raises
-    ValueError where all runs diverge.
+    moments: those of this epoch. After each the stack gets a new optimizer, if its arms are to have
+    one. Raises ValueError where all runs diverge.
     """
     device, batches = data.x_train.device, ceil(len(data.x_train) / models.BATCH)
     model = models.MLP(models.from_arrays(state, device), ACTIVATION)
@@ -265,8 +265,8 @@ def compute(train, logs, args, folder):
 def collect(logs, args):
     """Return the Result of an optimizer: the arms of its stacks, whose Logs these are, together.
 
-    Its arrays are those of `train_arms`, but for move_seconds: [arms], and seconds: [epochs, arms],
-    when an arm's runs, trained as one stack, end each epoch. `arms` are the names.
+    Its curves and moves are those of `train_arms`; move_seconds: [arms], in all; seconds: [epochs,
+    arms], when an arm's runs, trained as one stack, end each epoch; `arms` are the names.
     """
     parts = [results.load(log, args.epochs) for log in logs]
     states = [part.arrays for part in parts]
@@ -321,7 +321,7 @@ def summarise_moves(moves):
     """
     loss, norm, new_loss, new_norm = moves.swapaxes(1, 2)[np.isfinite(moves).all(1)].T
     changed = new_norm != norm
-    with warnings.catch_warnings():  # of means of nothing
+    with warnings.catch_warnings():  # the mean of no moves is nan
         warnings.simplefilter("ignore", RuntimeWarning)
         return {
             "share_of_moves_made": changed.mean(),

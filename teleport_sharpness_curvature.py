@@ -72,7 +72,7 @@ class Setting(NamedTuple):
     widths: tuple
     lr: float
     teleport_lr: tuple  # of each arm of CLAIMS, on T or t; negative to decrease
-    teleports: tuple = (10, 2, 5, 5)  # of each: mini-batches with one before them
+    teleports: tuple = (10, 2, 5, 5)  # of each arm: so many mini-batches have one before
     # of the arms in sharpness: a network stops where the published objective is above this;
     # published: 2.0 twice, but then two in five networks on CIFAR-10 would not begin to decrease it
     stop: tuple = (4.0, 2.0)
@@ -276,7 +276,8 @@ def train_epoch(state, data, experiment, stack):
 
     Raises ValueError where all networks diverge.
     """
-    setting, arms, moves, loss = stack.setting, len(experiment.arms), range(0), 0
+    setting, arms = stack.setting, len(experiment.arms)
+    moves, loss = range(0), 0
     weights = models.from_arrays(state, data.x_train.device)
     diverged = torch.tensor(state["diverged"], device=data.x_train.device)
     if state["steps"] == setting.teleport_epoch:  # until now all arms were one
@@ -342,6 +343,8 @@ def verdict(claim, difference, little):
     lies within it.
     """
     low, high = difference["low"], difference["high"]
+    if np.isnan(low):  # too few runs are left
+        return ""
     if claim == "changes little":
         within, beyond = max(-low, high) < little, max(low, -high) > little
         return "holds" if within else "does not hold" if beyond else "open"
@@ -487,6 +490,7 @@ def main():
     for name, arrays in run_experiment(PAPER, args, folder).items():
         if name == "CIFAR10":
             draw_losses(figures / "figure_4", name, arrays, pdf=True)
+            print(f"Figure 4: {figures}")
         else:
             draw_losses(folder / f"{name}_losses", name, arrays)
         draw_differences(folder / f"{name}_differences", name, arrays, PAPER)

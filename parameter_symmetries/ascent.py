@@ -110,7 +110,7 @@ def slopes(orbit, objective, parameters, gradient=None):
 
 @torch.enable_grad()
 def value_and_gradient(objective, parameters):
-    """Return objective(parameters), [...], and its gradient, a list like them; both constants."""
+    """Return objective(parameters), [...], and its gradient, a list like the parameters."""
     leaves = [p.detach().requires_grad_() for p in parameters]
     value = objective(leaves)
     return value.detach(), torch.autograd.grad(value.sum(), leaves, materialize_grads=True)

@@ -138,9 +138,9 @@ class Names:
         """Demand log c_a = ratio log c_b; return a, or b where a is blank."""
         a, b = torch.broadcast_tensors(thin(a), thin(b))
         real = (a != BLANK) & (b != BLANK) & ((a != b) | (ratio != 1))
-        r = torch.where((a < 0) == (b < 0), float(ratio), -float(ratio))
-        equation = a[real].abs(), b[real].abs(), r[real]
-        self.equations.append([t.cpu().numpy() for t in equation])
+        sign = torch.where((a < 0) == (b < 0), 1, -1)  # whole: floats would have the default type
+        a_real, b_real, sign = (t[real].cpu().numpy() for t in (a.abs(), b.abs(), sign))
+        self.equations.append((a_real, b_real, float(ratio) * sign))
         return torch.where(a == BLANK, b, a)
 
     def equal(self, names, dims):

@@ -46,8 +46,9 @@ def exponentials(group):
 
 
 def gradient_norm(loss, names):
-    """Return |∇L|² over the parameters of these names, an objective; loss: an objective, too.
+    """Return an objective, |∇L|² over the parameters of these names.
 
+    loss: L, a function of {name: tensor}, as objectives are.
     For a symmetry, which keeps the loss on all data, `teleport_` climbs it at a small part of the
     cost.
     """
@@ -61,9 +62,9 @@ def gradient_norm(loss, names):
 
 
 def mean_perturbed_loss(loss, radii, seed=0):
-    """Return φ (Eq. 4), an objective, with one direction on the sphere of all weights a radius.
+    """Return an objective, φ (Eq. 4), with one direction for each radius, uniform on the sphere.
 
-    loss: an objective, too. Every evaluation takes the directions of `seed`.
+    loss: as in `gradient_norm`. Every evaluation takes the directions of `seed`.
     """
 
     def objective(parameters):

@@ -214,7 +214,8 @@ def norm(trace, out, x, *args):
     tensors = [t for t in args if t is None or isinstance(t, Tensor)]
     weight, bias, *statistics = [*tensors, None, None]
     trace.fix(trace.state(x))
-    for statistic in filter(is_floating, statistics):  # read, or written unsaid in the schema
+    # statistics are read, or written though the schema does not say so
+    for statistic in filter(is_floating, statistics):
         trace.unknown(statistic)
     parts = []
     for parameter in (weight, bias):

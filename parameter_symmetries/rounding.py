@@ -193,7 +193,7 @@ def rise(weights, bits):
 def kept(model, parameters):
     """Let parameters require gradients for a while, and keep a model's buffers."""
     frozen = [p for p in parameters if not p.requires_grad]
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         for p in frozen:
             p.requires_grad_(True)
@@ -202,8 +202,9 @@ def kept(model, parameters):
         for p in frozen:
             p.requires_grad_(False)
         with torch.no_grad():
-            for buffer, old in zip(model.buffers(), buffers):
-                buffer.copy_(old)
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
 
 
 @torch.enable_grad()
@@ -286,7 +287,7 @@ def descend(weights, groups, entrywise, steps):
 
 
 def moved(weight, act, elements):
-    """Return the Weight to which elements move another by its `action`."""
+    """Return a Weight after elements have acted on it; act: its `action`."""
     new = weight._replace(tensor=act(weight.tensor, elements))
     if weight.gradient is None:
         return new

@@ -138,7 +138,7 @@ def index_put(trace, out, x, indices, values, *_):
 
 
 def constant(trace, out, *args, **_):
-    """Zeros and infinities have every scale, other numbers none."""
+    """Zeros and infinities have every scale, other numbers none; empty memory is UNWRITTEN."""
     if any(isinstance(value, Tensor) for value in args[1:]):
         return None
     is_empty = "empty" in trace.operation
@@ -175,7 +175,7 @@ def glu(trace, out, x, dim=-1):
 
 
 def add(trace, out, x, y=0, **_):
-    """x + y, x - y, or x + alpha y: to GL(d) it makes a difference which."""
+    """x + y, x - y, or x + alpha y. Which it is matters to GL(d), so each has its own history."""
     if isinstance(y, Tensor):
         return trace.touched(trace.agree(*(spread(trace.state(t), out.shape) for t in (x, y))))
     return trace.touched(trace.state(x)) if y == 0 else None  # Python's sum begins with 0

@@ -211,7 +211,7 @@ class Trace(Names, TorchDispatchMode):
                     self.originals[t] = t.clone()
 
     def rule_for(self, function, out, written):
-        """Return the rule for an operation that has just run, or None."""
+        """Note the operation that has just run, and return its rule, or None."""
         operation = function._schema.name.split("::")[1]
         self.operation = operation.rstrip("_")
         self.function, self.step, self.known = function, self.step + 1, len(self.owner)
@@ -243,7 +243,10 @@ class Trace(Names, TorchDispatchMode):
                     self.fix(state)
         new = new if isinstance(new, tuple) else (new or [],)
         for value in filter(is_floating, written):
-            self.overwrite(value, new[0]) if rule else self.unknown(value)
+            if rule:
+                self.overwrite(value, new[0])
+            else:
+                self.unknown(value)
         for value, state in zip_longest(tree_leaves(out), new, fillvalue=[]):
             if is_floating(value) and not any(value is t for t in tensors):
                 self.remember(value, state)

@@ -6,10 +6,10 @@
 
 Architectures are those of the transformers library that can be built at a small size, with random
 weights: causal and masked language models, and image classifiers; and CNNs after torchvision's.
-`symmetry_of` finds their groups. Random elements of all groups then act, or of one side of each
-alone, what makes its units, and outputs on other inputs, of another length, are compared with those
-before. Results go to logs/architectures/, where an interrupted run resumes, and to
-figures/architectures/.
+`symmetry_of` finds their groups. Random elements then act on all that the groups name and, as a
+control, on one side of each group alone: what makes its units. Outputs on other inputs, of another
+length, are compared with those before. Results go to logs/architectures/, where an interrupted run
+resumes, and to figures/architectures/.
 """
 
 import json

@@ -11,9 +11,9 @@ logarithm of the factor. It is undefined outside of these factors, and where pla
 depends on them: where it is not to be found in one of twenty resamples of the runs.
 
 Arms: kept, teleport and reset of teleport_optimization.py, and rescalings that together double
-|∇L|² and keep the network's function. The primary comparison, named beforehand, is the test loss
-of *kept* less that of plain at its worth after epoch 5, with momentum and with Adam on MNIST, after
-epoch 10: does one factor explain the whole curve? All else is exploratory.
+|∇L|² and keep the network's function. The primary comparison, named beforehand, is made after epoch
+10, with momentum and with Adam on MNIST: the test loss of *kept* less that of plain at the worth
+that *kept* had after epoch 5. Does one factor explain the whole curve? All else is exploratory.
 
 Training goes to logs/learning_rate/; an interrupted run resumes from there with the same numbers.
 The curves of each arm and run go to figures/learning_rate/<dataset>/<optimizer>.npz.

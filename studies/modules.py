@@ -74,8 +74,8 @@ OPTIMIZERS = {
 }
 
 
-# Moves, between backward() and step(). Each returns the factor by which it changes |∇L|²; growth is
-# that by which the move of the arm MIRRORED did.
+# Moves, between backward() and step(). Each returns the factor by which it changes |∇L|². growth is
+# the factor of the arm MIRRORED at this step, 1 if there was none.
 
 
 def ascend(model, symmetry, optimizer, rng, growth, **options):
@@ -110,7 +110,7 @@ def gradient_norm_squared(model):
 
 
 class Arm(NamedTuple):
-    """How an arm moves, by which groups, and when: None is every ten steps."""
+    """How an arm moves, by which groups, and at which step: None is every ten steps."""
 
     move: Callable | None
     kinds: tuple = (RESCALING, LINEAR)
@@ -123,7 +123,7 @@ ARMS = {
     "ascend": Arm(partial(ascend, length=LENGTH)),
     "random": Arm(at_random),
     "descend": Arm(partial(ascend, length=-LENGTH)),  # balances a network
-    "larger rate": Arm(raise_rate),  # no moves; after *ascend*, with whose |∇L|² the rate grows
+    "larger rate": Arm(raise_rate),  # no moves; comes after *ascend*, with whose |∇L|² it grows
     "ascend, linear": Arm(partial(ascend, length=LENGTH), kinds=(LINEAR,)),
     "ascend, rescaling": Arm(partial(ascend, length=LENGTH), kinds=(RESCALING,)),
 }
@@ -273,7 +273,7 @@ def summarise(arrays):
     """Return plain's losses, paired differences from them, and what moves do and cost."""
     loss, (step, moves) = by_arm(arrays, "test_loss"), cost(arrays)
     n = len(loss["plain"])
-    rows = sorted({min(step // EVALUATE, n) for step in STEPS_SHOWN})
+    rows = sorted({min(shown // EVALUATE, n) for shown in STEPS_SHOWN})
     pairs = [(arm, "plain") for arm in loss if arm != "plain"] + [(MIRRORED, "larger rate")]
     growth = {arm: np.exp(np.log(g).sum(0).mean()) for arm, g in by_arm(arrays, "growth").items()}
     grid = dict(zip(arrays["grid"].tolist(), arrays["losses"].tolist()))

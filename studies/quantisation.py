@@ -44,7 +44,7 @@ ARMS = {
     "ranges": {"label": "rescaled by ranges", "color": plots.SKY},
     # to the least predicted rise of the loss, by the diagonal matrices of the GPT's GL(d)
     "rescaled": {"label": "rescaled", "color": plots.GREEN},
-    # to it by all symmetries
+    # to the same, by all symmetries
     "teleported": {"label": "teleported", "color": plots.RED},
 }
 PRIMARY_BITS = 4

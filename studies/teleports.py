@@ -60,44 +60,36 @@ def pseudoinverse(weights, x, y, lr, rng):
 
 
 @torch.no_grad()
-def level_set_ascent(weights, x, y, length, steps, activation):
-    """Move to a larger gradient within the batch's level set, by no symmetry.
+def level_set(weights, x, y, lr, rng):
+    """Return the weights after steps within the batch's level set, in all as long as LAST.
 
-    Each step moves by `length` along ∇|∇L|² = 2 H∇L, projected onto the tangent of the level set;
-    two Newton steps along ∇L then bring the loss back (Mishkin, Bietti, Gower 2024). An orbit that
-    keeps the batch's loss lies in its level set, so this is a fair comparison for a teleport of the
-    same length. Shapes are those of `teleport`. Returns the new weights and a dict of `objective`,
-    |∇L|² [steps + 1, ...].
+    Each step moves along ∇|∇L|² = 2 H∇L, projected onto the tangent of the level set; two Newton
+    steps along ∇L then bring the loss back (Mishkin, Bietti, Gower 2024). An orbit that keeps the
+    batch's loss lies in its level set, so this is a fair comparison for a teleport of the same
+    length, though it moves by no symmetry.
     """
+    length = LAST["length"] / script.STEPS
 
     def loss(weights):
-        return models.cross_entropy(weights, x, y, activation)
+        return models.cross_entropy(weights, x, y, ACTIVATION)
 
     def norm(weights):
-        return loss_and_gradient_norm_squared(weights, x, y, activation)[1]
+        return loss_and_gradient_norm_squared(weights, x, y, ACTIVATION)[1]
 
     def plus(weights, scale, direction):
         scale = scale.nan_to_num(0.0, 0.0, 0.0)  # where the gradient is 0 no step is taken
         return [w + scale[..., None, None] * d for w, d in zip(weights, direction)]
 
-    start, path = loss(weights), []
-    for _ in range(steps):
+    start = loss(weights)
+    for _ in range(script.STEPS):
         value, direction = value_and_gradient(norm, weights)
-        path.append(value)
         slope = value_and_gradient(loss, weights)[1]
         direction = plus(direction, -inner_product(direction, slope) / value, slope)
         weights = plus(weights, length / inner_product(direction, direction).sqrt(), direction)
         for _ in range(2):
             now, slope = value_and_gradient(loss, weights)
             weights = plus(weights, (start - now) / inner_product(slope, slope), slope)
-    path.append(models.warn_if_not_finite("|∇L|²", norm(weights)))
-    return weights, {"objective": torch.stack(path)}
-
-
-def level_set(weights, x, y, lr, rng):
-    """Return the weights after steps within the batch's level set, in all as long as LAST."""
-    length = LAST["length"] / script.STEPS
-    return level_set_ascent(weights, x, y, length, script.STEPS, ACTIVATION)[0]
+    return weights
 
 
 def gradient_step(weights, x, y, lr, rng):
@@ -189,9 +181,8 @@ QUESTIONS = {  # the comparison named beforehand, and the arms
 def training_logs(optimizers, args):
     """Return {name of a Result: [the Log of its arms]}, for each optimizer at each of its RATES."""
     _, table = QUESTIONS[args.question]
-    moves = {name: arm.move and arm.move.__name__ for name, arm in table.items()}
     definitions = {
-        name: arm._asdict() | {"move": moves[name], "new_optimizer": False}
+        name: arm._asdict() | {"move": arm.move and arm.move.__name__}
         for name, arm in table.items()
     }
     more = {"question": args.question, "definitions": definitions}
@@ -203,7 +194,7 @@ def training_logs(optimizers, args):
             path, settings, code = script.training_log(optimizer, setting, list(table), args)
             folder = path.parents[2] / "teleports" / args.question / path.parent.name
             settings |= more | {"lr": lr}
-            logs[name] = [results.Log(folder / f"{name}-plain.npz", settings, (*code, __file__))]
+            logs[name] = [results.Log(folder / f"{name}.npz", settings, (*code, __file__))]
     return logs
 
 

@@ -100,3 +100,8 @@ def test_holms_p_values_are_those_of_the_textbook():
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([0.5, 0.9]) == pytest.approx([1, 1])
     assert len(statistics.holm([])) == 0
+
+
+def test_correlations_of_two_studies_differ_by_fishers_z():
+    z = (np.arctanh(0.9) - np.arctanh(0.8)) / np.sqrt(1 / 97 + 1 / 7)
+    assert statistics.p_of_difference(0.8, 100, 0.9, 10) == pytest.approx(2 * stats.norm.sf(z))

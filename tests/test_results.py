@@ -92,7 +92,7 @@ def test_no_altered_byte_ends_in_a_traceback(log):
             results.load(log)
 
 
-def test_a_missing_result_is_none_or_is_asked_for(log, tmp_path, capsys):
+def test_a_missing_result_is_none_or_is_asked_for(log, capsys):
     assert results.load(log) is None and capsys.readouterr().err == ""
     save(log, a=np.ones(1))
     saved = results.read_all(log.path.parent, ["result", "other"], required=["result"])

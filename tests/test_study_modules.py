@@ -116,7 +116,7 @@ def test_arms_are_one_until_they_move_and_then_differ(args):
     assert (arrays["growth"][0] == 1).all()
 
 
-def test_a_task_that_is_killed_ends_with_the_same_numbers(args, tmp_path):
+def test_a_task_that_is_killed_ends_with_the_same_numbers(args):
     resnet = task("ResNet", "AdamW", 0.01)
     whole = trained(resnet, args)
     study.training_log(resnet, args).path.unlink()

@@ -1,6 +1,7 @@
 """studies/quantisation.py and the networks it trains: symmetries, arms, resuming."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,7 +112,15 @@ def test_an_interrupted_study_ends_with_the_same_numbers(tmp_path, call, monkeyp
     assert whole["loss"].shape == (4, 2, 2, 2) and whole["float_loss"].shape == (2,)
 
 
-def test_a_training_that_diverges_is_told(monkeypatch):
+def test_a_damaged_file_of_all_data_is_told(tmp_path):
+    args = SimpleNamespace(output=tmp_path, sample=True, device=torch.device("cpu"))
+    networks.data_file(args).parent.mkdir(parents=True)
+    networks.data_file(args).write_bytes(b"no archive")
+    with pytest.raises(results.UserError, match="data-sample.npz is damaged: delete it"):
+        networks.load("MNIST", "test", args)
+
+
+def test_a_training_that_diverges_is_told():
     network = NETWORKS["mlp-mnist"]._replace(lr=1e30, epochs=3)
     with pytest.raises(results.UserError, match="not finite at step"):
         networks.train(network, torch.rand(128, 1, 28, 28), torch.randint(10, (128,)), 0)

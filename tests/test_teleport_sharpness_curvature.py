@@ -249,6 +249,7 @@ def test_tables_and_figures_are_drawn_from_what_is_saved(whole, call, tmp_path):
 @pytest.mark.parametrize(
     ("claim", "low", "high", "expected"),
     [
+        ("rises", np.nan, np.nan, ""),  # too few runs
         ("rises", 0.1, 0.2, "holds"),
         ("rises", -0.1, 0.2, "not seen"),
         ("falls", -0.2, -0.1, "holds"),

@@ -174,6 +174,7 @@ KEPT = {
     "a comparison with 0": lambda x: x * (x > 0),
     "where": lambda x: torch.where(x > 0, x, 0.1 * x),
     "a root and its square": lambda x: F.relu(x).sqrt().square(),
+    "a cube root of a cube": lambda x: F.relu(x) + F.relu(x).pow(3).pow(1 / 3),
     "in place, through a view": lambda x: (x.view(-1).relu_(), x)[1],
     "written into zeros": lambda x: torch.zeros_like(x).copy_(F.relu(x)),
     "slices of zeros": filled_by_slices(torch.zeros_like),
@@ -224,7 +225,17 @@ def test_rows_that_are_mixed_up_are_not_offered_as_heads():
         return m.l1(y.roll(1, 1)) + m.l2(y)
 
     model = Functional(rolled_heads, l0=nn.Linear(8, 4), l1=nn.Linear(8, 3), l2=nn.Linear(8, 3))
-    assert_right(model, symmetry_of(model, torch.randn(5, 8)), torch.randn(9, 8))
+    symmetry = symmetry_of(model, torch.randn(5, 8))
+    assert_right(model, symmetry, torch.randn(9, 8), units=4, blocks={4: 1})
+
+
+def test_the_default_type_may_be_short():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        assert units_of(symmetry_of(model, torch.randn(2, 8))) == 6
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def difference(a, b):
