@@ -154,6 +154,18 @@ def learning_rate():
     for optimizer in ("momentum", "Adam"):
         rest = entries[optimizer]["kept"]["test_loss"]["left_over"]
         yield page, in_thousandths({key: values[9] for key, values in rest.items()})
+    fashion = summary("figures/learning_rate/FashionMNIST")
+    for arm in ("momentum", "teleport"), ("Adam", "kept"):
+        entry = fashion[arm[0]][arm[1]]["test_loss"]
+        yield page, with_interval({k: values[4] for k, values in entry["worth"].items()}, 1, ".2f")
+    for epoch in (10, 40):
+        rest = {key: values[epoch - 1] for key, values in entry["left_over"].items()}
+        yield page, in_thousandths(rest)
+    for entry in (entries, fashion):
+        for optimizer in ("momentum", "RMSprop", "Adam"):
+            later = entry[optimizer]["kept"]["test_loss"]["left_over"]["high"][5:]
+            behind = all(high is None or high >= 0 for high in later)
+            yield f"{optimizer}: kept is never ahead of plain at its worth", behind
 
 
 def modules():
@@ -198,6 +210,8 @@ def readme():
     for optimizer in ("momentum", "RMSprop", "Adam"):
         worth = summary("figures/learning_rate/MNIST")[optimizer]["kept"]["test_loss"]["worth"]
         yield page, f"{number(worth['mean'][4], '.2f')} ({optimizer})"
+    worth = summary("figures/learning_rate/FashionMNIST")["Adam"]["kept"]["test_loss"]["worth"]
+    yield page, f"On Fashion-MNIST the factor is {number(worth['mean'][4], '.2f')} with Adam"
     entries = summary("figures/correlation").values()
     r = [entry["sharpness"]["r_train_loss"]["pearson"] for entry in entries]
     yield page, f"r = {min(r):.2f} to {max(r):.3f}"
