@@ -117,7 +117,7 @@ class Names:
                 sizes = [parameter.shape[a] for a in group]
                 group = NamedAxes(group, torch.arange(math.prod(sizes)).view(sizes), group)
             parameter.named_axes.append(group._replace(names=group.names + len(self.owner)))
-            self.owner += [parameter] * (1 + int(group.names.max()))
+            self.owner += [parameter] * (1 + max(group.names.flatten().tolist(), default=-1))
 
     def named(self, state, *groups):
         """Return the factors of a state; a new parameter gets names, along two axes by default."""
@@ -146,8 +146,11 @@ class Names:
     def equal(self, names, dims):
         """Demand that names be equal along `dims`; return them, of size 1 there."""
         names = thin(names)
-        if names.numel() == 0 or all(names.shape[d] == 1 for d in dims):
+        if all(names.shape[d] == 1 for d in dims):
             return names
+        if names.numel() == 0:  # a sum of nothing is 0
+            shape = [1 if d in dims else n for d, n in enumerate(names.shape)]
+            return names.new_full(shape, BLANK)
         one = names.amax(dims, keepdim=True)  # BLANK is the least of all
         self.tie(names, one)
         return one

@@ -31,7 +31,8 @@ def contract(trace, x, y, sizes):
     pairs = min(map(len, cancel))
     for k in (0, 1):
         for f in cancel[k][pairs:]:  # the other side is fixed
-            if 1 in varying(f.names):
+            was_known = bool((thin(f.names).abs() < trace.known).any())
+            if 1 in varying(f.names) or (f.names.shape[2] == 1 and was_known):
                 stay[k].append(f)
             else:
                 trace.fix([f])

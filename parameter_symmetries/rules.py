@@ -94,8 +94,9 @@ def index(trace, out, x, indices):
     return pick(trace, x, dims_of(indices), lambda t: trace.function(t, indices))
 
 
-def index_along(trace, out, x, dim, *args, **_):
-    return pick(trace, x, [dim % x.dim()], lambda t: trace.function(t, dim, *args))
+def index_along(trace, out, x, dim, where, **_):
+    picked = pick(trace, x, [dim % x.dim()], lambda t: trace.function(t, dim, where))
+    return trace.touched(picked, where) if where.dim() == x.dim() > 1 else picked
 
 
 def embedding(trace, out, weight, rows, *_):
@@ -110,12 +111,12 @@ def embedding_bag(trace, out, weight, rows, offsets, _, mode=0, sparse=False, sc
     return spread(blend(trace, factors, [0], out[0]), out[0].shape)
 
 
-def put(trace, x, dims, factors):
+def put(trace, x, dims, factors, also=()):
     """What is put where data say has one name for all places; factors: of size 1 along `dims`."""
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     old = [Factor(overwritable(f.names), f.history) for f in trace.factors(x)]
     factors = trace.agree(spread(blend(trace, old, dims), shape), spread(factors, shape))
-    where = place(x, dims)
+    where = place(x, {*dims, *also})
     return spread([Factor(f.names, mix(thin(f.history), where)) for f in factors], x.shape)
 
 
@@ -123,9 +124,12 @@ def put_along(trace, out, x, dim, where, source, *, reduce=None, **_):
     dims = [dim % x.dim()]
     if reduce or not isinstance(source, Tensor):
         return None
-    if any(source.shape[d] != n for d, n in enumerate(x.shape) if d not in dims):
+    others = [where] * (where.dim() == x.dim() > 1)  # each entry goes where its own index says
+    others += [source]
+    if any(t.shape[d] != n for t in others for d, n in enumerate(x.shape) if d not in dims):
         return None
-    return put(trace, x, dims, blend(trace, trace.factors(source), dims))
+    varied = [d for d, stride in enumerate(where.stride()) if stride and len(others) > 1]
+    return put(trace, x, dims, blend(trace, trace.factors(source), dims), varied)
 
 
 def index_put(trace, out, x, indices, values, *_):
@@ -174,7 +178,7 @@ def glu(trace, out, x, dim=-1):
 # Sums
 
 
-def add(trace, out, x, y=0, **_):
+def add(trace, out, x, y=0, *_, **__):
     """x + y, x - y, or x + alpha y. Which it is matters to GL(d), so each has its own history."""
     if isinstance(y, Tensor):
         return trace.touched(trace.agree(*(spread(trace.state(t), out.shape) for t in (x, y))))
@@ -196,7 +200,7 @@ def where(trace, out, condition, x, y):
 
 
 def copy(trace, out, x, source, *_):
-    return spread(trace.factors(source), x.shape)
+    return spread(trace.factors(source), x.shape) if is_floating(x) else None
 
 
 def mask(trace, out, x, *_):

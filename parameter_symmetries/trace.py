@@ -47,7 +47,9 @@ def symmetry_of(model, *inputs, keep=None, **kwargs):
     a part that does not run, such as an expert that no sample takes, has no group here, and should
     not be one that other samples take. Parameters, buffers, inputs and the random state stay as
     they are. Operations without a rule, such as vector norms, and those that write to out=, fix
-    what they read. What a compiled extension reads without an operation of PyTorch is not seen.
+    what they read. What is not seen: what a compiled extension reads without an operation of
+    PyTorch, what other threads do, what wrapper subclasses hold, and what the run itself makes an
+    nn.Parameter.
 
     keep(output) returns those of the outputs that must stay; by default all floating ones. A cache
     of keys and values among the outputs fixes these: then take keep=lambda output: output.logits.
@@ -203,6 +205,13 @@ class Trace(Names, TorchDispatchMode):
             self.fix(self.state(t))
             self.states[t] = []
 
+    def escape(self, value):
+        """Fix a tensor for good: others read or write its memory unseen."""
+        with _disable_current_modes():  # or else they watch what becomes of names, too
+            self.unknown(value)
+            self.escaped.append(value.detach())
+            self.remember(self.escaped[-1], [])
+
     def preserve(self, written):
         """Copy the parameters that lie where an operation is going to write."""
         for value in filter(is_floating, written):
@@ -212,12 +221,12 @@ class Trace(Names, TorchDispatchMode):
 
     def rule_for(self, function, out, written):
         """Note the operation that has just run, and return its rule, or None."""
-        operation = function._schema.name.split("::")[1]
+        library, operation = function._schema.name.split("::")
         self.operation = operation.rstrip("_")
         self.function, self.step, self.known = function, self.step + 1, len(self.owner)
         rule, is_in_place = RULES.get(self.operation), operation.endswith("_")
-        if torch.Tag.inplace_view in function.tags and rule is not restride:
-            return None  # it changes shapes
+        if library != "aten" or (torch.Tag.inplace_view in function.tags and rule is not restride):
+            return None  # it may be anything, or it changes shapes
         if (written and not is_in_place) or any(map(is_foreign, tree_leaves(out))):
             return None
         return rule
@@ -250,6 +259,9 @@ class Trace(Names, TorchDispatchMode):
         for value, state in zip_longest(tree_leaves(out), new, fillvalue=[]):
             if is_floating(value) and not any(value is t for t in tensors):
                 self.remember(value, state)
+        if function.is_view and isinstance(out, Tensor) and out.dtype != args[0].dtype:
+            for value in filter(is_floating, (args[0], out)):
+                self.escape(value)
         return out
 
 
@@ -260,8 +272,11 @@ def written_by(schema, args, kwargs):
     return [t for t in tree_leaves([arguments.get(a) for a in written]) if isinstance(t, Tensor)]
 
 
-WAYS_OUT = Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__
-WAYS_OUT += Tensor.data_ptr, Tensor.untyped_storage
+WAYS_OUT = Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__float__
+WAYS_OUT += Tensor.data_ptr, Tensor.untyped_storage, Tensor.__deepcopy__, Tensor.data.__set__
+WAYS_OUT += Tensor.apply_, Tensor.map_, Tensor.map2_
+FROM_LISTS = torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new
+FROM_LISTS += (torch.sparse_coo_tensor,)
 
 
 class Escapes(TorchFunctionMode):
@@ -272,12 +287,12 @@ class Escapes(TorchFunctionMode):
         self.trace = trace
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in WAYS_OUT and is_floating(args[0]):
+        out = args if function in WAYS_OUT else ()
+        if function in FROM_LISTS:  # which reads the tensors in lists as numbers
+            out = [x for x in (*args, *(kwargs or {}).values()) if not isinstance(x, Tensor)]
+        for value in filter(is_floating, tree_leaves(out)):
             self.trace.operation = function.__name__
-            with _disable_current_modes():  # or else it watches what becomes of names, too
-                self.trace.unknown(args[0])
-                self.trace.escaped.append(args[0].detach())
-                self.trace.remember(self.trace.escaped[-1], [])
+            self.trace.escape(value)
         return function(*args, **(kwargs or {}))
 
 

@@ -1,5 +1,6 @@
 """symmetry_of: what theory gives is found, and what is found is right."""
 
+import copy
 import ctypes
 from types import SimpleNamespace
 
@@ -114,6 +115,29 @@ def normalised_by_names(x):
     return F.relu(x) + F.batch_norm(fixed, mean, torch.ones(12), None, None, False)
 
 
+def copied_into_integers(x):
+    return F.relu(x) * (1 + torch.empty(x.shape, dtype=torch.int8).copy_(16 * x).abs())
+
+
+def seen_as_integers_before_it_is_written(x):
+    zeros = torch.zeros_like(x)
+    integers = zeros.view(torch.int32)
+    zeros.copy_(x)
+    return F.relu(x) * (1 + integers.remainder(7))
+
+
+def swapped_into_a_tensor(x):
+    zeros = torch.zeros_like(x)
+    y = zeros + 1
+    zeros.data = x * 1
+    return F.relu(x) * (y + zeros.abs())
+
+
+@torch.library.custom_op("not_pytorch::relu", mutates_args=())
+def clamp_called_relu(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(0, 1)
+
+
 def transposed_in_place(x):
     view = x.view(-1)
     x.t_()
@@ -130,6 +154,12 @@ WITHOUT = {
     "what Python reads": lambda x: F.relu(x) * (1 + x.max().item()),
     "what NumPy reads": lambda x: F.relu(x) * (1 + float(x.numpy().max() > 1)),
     "what a pointer reads": read_by_a_pointer_after_it_is_overwritten,
+    "what is copied by Python": lambda x: F.relu(x) * (1 + copy.deepcopy(x).abs()),
+    "a tensor of numbers": lambda x: F.relu(x) * (1 + torch.tensor([x.max(), x.min()]).sum()),
+    "integers": copied_into_integers,
+    "a view as integers": seen_as_integers_before_it_is_written,
+    "a tensor that is swapped": swapped_into_a_tensor,
+    "an operation of another library": clamp_called_relu,
     "tolist": lambda x: F.relu(x) + sum(x.flatten().tolist()),
     ".data": lambda x: F.relu(x) + x.data.square(),
     "a comparison with 1": lambda x: F.relu(x) * (x > 1),
@@ -194,6 +224,8 @@ KEPT = {
         F.relu(x)[:, :, None, None].expand(-1, -1, 2, 2).to(memory_format=torch.channels_last), 1
     ).flatten(1),
     "inference mode": torch.inference_mode()(F.relu),
+    "a sum over nothing": lambda x: F.relu(x) + F.relu(x)[:0].sum(0),
+    "a multiple that is subtracted": lambda x: F.relu(torch.rsub(x, 0, alpha=2)),
 }
 
 
@@ -256,6 +288,29 @@ def test_units_of_other_signs_or_factors_are_not_mixed(join):
     model = Functional(lambda m, x: m.l2(join(m.l0(x), m.l1(x))), **layers)
     symmetry = symmetry_of(model, torch.randn(5, 8))
     assert_right(model, symmetry, torch.randn(9, 8), units=6, blocks={3: 2})
+
+
+def own_rows(h, index):
+    """Put the rows of each unit where its own index says."""
+    return torch.zeros_like(h).scatter(1, index.expand(h.shape), h)
+
+
+def test_units_that_are_put_or_taken_by_an_index_of_their_own_are_not_mixed():
+    index = torch.stack([torch.randperm(4) for _ in range(6)], 1)
+    for between in (lambda h: own_rows(h, index), lambda h: h.gather(1, index.expand(h.shape))):
+        model, x = two_layers(between, 8, 6, 4), torch.randn(2, 4, 8)
+        assert_right(model, symmetry_of(model, x), torch.randn(3, 4, 8), units=6, blocks={})
+
+
+def test_fixed_depthwise_filters_and_experts_without_tokens_keep_units():
+    blur = torch.ones(6, 1, 3, 3)
+    layers = {"l0": nn.Conv2d(3, 6, 3), "l1": nn.Conv2d(6, 4, 3)}
+    model = Functional(lambda m, x: m.l1(F.conv2d(F.relu(m.l0(x)), blur, groups=6)), **layers)
+    x = torch.randn(1, 3, 9, 9)
+    assert_right(model, symmetry_of(model, x), x, units=6)
+    idle = Functional(lambda m, x: m.l1(F.relu(m.l0(x))) + m.e(x[:0]).sum(), **linear(8, 12, 4))
+    idle.e = nn.Linear(8, 4)
+    assert_right(idle, symmetry_of(idle, torch.randn(5, 8)), torch.randn(9, 8), units=12)
 
 
 def test_positions_and_rows_that_did_not_run_stay_where_they_are():
