@@ -116,6 +116,7 @@ class Trace(Names, TorchDispatchMode):
         self.memory = defaultdict(list)  # for each storage the tensors seen on it
         self.originals = WeakTensorKeyDictionary()  # values of parameters that were written
         self.escaped = []  # tensors that stand for what Python and NumPy keep
+        self.retyped = []  # views of another type, which show what is written behind them
         self.parameters = []
         for name, value in parameters.items():
             parameter = Parameter(name, len(self.parameters), value.shape)
@@ -229,6 +230,9 @@ class Trace(Names, TorchDispatchMode):
             return None  # it may be anything, or it changes shapes
         if (written and not is_in_place) or any(map(is_foreign, tree_leaves(out))):
             return None
+        retyped = {view.untyped_storage()._cdata for view in self.retyped}
+        if retyped and any(t.untyped_storage()._cdata in retyped for t in written):
+            return None
         return rule
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -260,8 +264,7 @@ class Trace(Names, TorchDispatchMode):
             if is_floating(value) and not any(value is t for t in tensors):
                 self.remember(value, state)
         if function.is_view and isinstance(out, Tensor) and out.dtype != args[0].dtype:
-            for value in filter(is_floating, (args[0], out)):
-                self.escape(value)
+            self.retyped.append(out)
         return out
 
 
