@@ -1,7 +1,7 @@
 """Study: which symmetries have the architectures that people use?
 
     pip install -r requirements-dev.txt
-    python studies/architectures.py                          # ten minutes on two cores
+    python studies/architectures.py                          # two minutes on two cores
     python studies/architectures.py --architecture llama vit
 
 Architectures are those of the transformers library that can be built at a small size, with random
