@@ -1,7 +1,6 @@
 """How a script runs: its options, its tasks in worker processes, and its errors as sentences."""
 
 import argparse
-import contextlib
 import datetime
 import multiprocessing
 import multiprocessing.connection
@@ -30,11 +29,11 @@ def whole_number(least):
     """Return an argparse type: a whole number from `least` to a million."""
 
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if least <= int(text) <= 1_000_000:
-                return int(text)
-        sentence = f"{text!r} is not a whole number from {least} to 1,000,000"
-        raise argparse.ArgumentTypeError(sentence)
+        digits = text.isascii() and text.isdecimal() and len(text) < 8
+        if not (digits and least <= int(text) <= 1_000_000):
+            sentence = f"{text!r} is not a whole number from {least} to 1,000,000"
+            raise argparse.ArgumentTypeError(sentence)
+        return int(text)
 
     return parse
 

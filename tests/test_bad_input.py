@@ -75,6 +75,14 @@ def test_every_function_takes_what_fits_and_refuses_what_does_not(name):
         calls(*BAD_BATCHES["samples as rows"][0](*good_batch()))[name]()
 
 
+@pytest.mark.parametrize("matrices", [[torch.eye(4)], [torch.eye(5), torch.eye(5)]])
+def test_matrices_fit_their_pairs(matrices):
+    weights, x, _ = good_batch()
+    for function in (teleportation.curve_derivatives, teleportation.act):
+        with pytest.raises(ValueError, match=r"square matrix: \[\[5, 5\], \[4, 4\]\], not"):
+            function(weights, x, matrices, ACTIVATION)
+
+
 @pytest.mark.parametrize("name", ["gradient_norm_squared", "sharpness", "teleport_sharpness"])
 def test_results_that_are_not_finite_name_the_runs(name):
     weights, x, y = good_batch()

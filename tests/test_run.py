@@ -56,7 +56,7 @@ RESULT = "1140\n"  # 4 × (0² + … + 9²)
 # Options
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many", "", "1000001", "9" * 5000])
+@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many", "", "1000001", "٣", "9" * 5000])
 def test_what_is_not_a_whole_number_is_refused(text):
     assert whole_number(1)("7") == 7
     with pytest.raises(argparse.ArgumentTypeError, match="not a whole number from 1 to 1,000,000"):

@@ -9,7 +9,8 @@ import teleports as study
 from data import load_sample, shuffled_batch
 from experiment import results
 from models import TRAINING, LeakyReLU, cross_entropy, init_weights
-from teleportation import gradient_norm_squared, inner_product
+from parameter_symmetries.ascent import slopes
+from teleportation import RESCALING, gradient_norm_squared, inner_product, orbit_of
 
 WEIGHTS = init_weights(TRAINING["MNIST"].widths, [1, 2, 3])
 X, Y = shuffled_batch(load_sample("MNIST"), 200, 0)
@@ -74,6 +75,24 @@ def test_moves_off_the_orbit_are_as_long_as_the_teleport():
     assert (length(level_set) < 1.2 * length(teleported)).all()
     assert (change(cross_entropy, level_set) - 1).abs().max() < 1e-3
     assert change(gradient_norm_squared, level_set).mean() > 1  # a step may cross a kink
+
+
+def test_ascent_within_the_level_set_keeps_the_loss_and_beats_rescaling(monkeypatch):
+    weights, x, activation = [w.double() for w in WEIGHTS], X.double(), LeakyReLU()
+
+    def norm(weights):
+        return gradient_norm_squared(weights, x, Y, activation)
+
+    orbit = orbit_of(weights, x, activation, RESCALING)
+    _, slope = slopes(orbit, norm, weights)
+    rescaled = orbit.act(weights, [RESCALING.element(1e-4 * t / t.norm()) for t in slope])
+    way = [new - old for new, old in zip(rescaled, weights)]
+    monkeypatch.setitem(study.LAST, "length", inner_product(way, way).sqrt())
+    monkeypatch.setattr(study.script, "STEPS", 1)
+    moved = study.level_set(weights, x, Y, None, None)
+    loss, new_loss = (cross_entropy(w, x, Y, activation) for w in (weights, moved))
+    torch.testing.assert_close(new_loss, loss, rtol=1e-7, atol=0)
+    assert (norm(moved) > norm(rescaled)).all() and (norm(rescaled) > norm(weights)).all()
 
 
 @pytest.mark.parametrize("factor", [1.1, 2])
