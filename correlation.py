@@ -72,13 +72,16 @@ class Stack(NamedTuple):
 # Computation
 
 
+def stacks_of(name, args):
+    """Return the stacks of a dataset's runs; only a CPU splits them."""
+    size = STACK.get(name, 50) if args.device.type == "cpu" else args.runs
+    runs = range(args.runs)
+    return [Stack(name, runs[first : first + size]) for first in runs[::size]]
+
+
 def stacks(args):
-    """Return the stacks of the datasets and runs asked for; only a CPU splits a dataset's runs."""
-    on_cpu, runs, stacks = args.device.type == "cpu", range(args.runs), []
-    for name in args.dataset:
-        size = STACK.get(name, 50) if on_cpu else args.runs
-        stacks += [Stack(name, runs[first : first + size]) for first in runs[::size]]
-    return stacks
+    """Return the stacks of all datasets asked for."""
+    return [stack for name in args.dataset for stack in stacks_of(name, args)]
 
 
 def training_log(stack, args):
@@ -170,7 +173,7 @@ def estimate_batches(stack, data, trained, args, bar):
 def collect(name, args):
     """Return the Result of a dataset: seeds, losses and mean estimates of its networks, [runs]."""
     parts, commits = [], set()
-    for stack in [stack for stack in stacks(args) if stack.dataset == name]:
+    for stack in stacks_of(name, args):
         trained = results.load(training_log(stack, args), args.epochs)
         estimates = results.load(estimates_log(stack, trained.arrays, args), args.batches)
         mean = {key: estimates.arrays[key][: args.batches].mean(0, float) for key in ESTIMATES}

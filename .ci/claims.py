@@ -155,15 +155,16 @@ def learning_rate():
         rest = entries[optimizer]["kept"]["test_loss"]["left_over"]
         yield page, in_thousandths({key: values[9] for key, values in rest.items()})
     fashion = summary("figures/learning_rate/FashionMNIST")
-    for arm in ("momentum", "teleport"), ("Adam", "kept"):
-        entry = fashion[arm[0]][arm[1]]["test_loss"]
-        yield page, with_interval({k: values[4] for k, values in entry["worth"].items()}, 1, ".2f")
+    adam = fashion["Adam"]["kept"]["test_loss"]
+    for entry in (fashion["momentum"]["teleport"]["test_loss"], adam):
+        five = {key: values[4] for key, values in entry["worth"].items()}
+        yield page, with_interval(five, 1, ".2f")
     for epoch in (10, 40):
-        rest = {key: values[epoch - 1] for key, values in entry["left_over"].items()}
+        rest = {key: values[epoch - 1] for key, values in adam["left_over"].items()}
         yield page, in_thousandths(rest)
-    for entry in (entries, fashion):
+    for dataset in (entries, fashion):
         for optimizer in ("momentum", "RMSprop", "Adam"):
-            later = entry[optimizer]["kept"]["test_loss"]["left_over"]["high"][5:]
+            later = dataset[optimizer]["kept"]["test_loss"]["left_over"]["high"][5:]
             behind = all(high is None or high >= 0 for high in later)
             yield f"{optimizer}: kept is never ahead of plain at its worth", behind
 

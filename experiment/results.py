@@ -100,10 +100,10 @@ def save_json(path, content):
 def save_summaries(path, saved, summaries):
     """Write summaries, {name: dict}, as JSON, each with what the Result of its name is made with.
 
-    saved: {name: Result}.
+    saved: {name: Result}; a summary of all of them has a name of its own.
     """
     about = {name: {"settings": r.settings, "made_with": r.made_with} for name, r in saved.items()}
-    save_json(path, {name: about[name] | summaries[name] for name in saved})
+    save_json(path, {name: about.get(name, {}) | entry for name, entry in summaries.items()})
 
 
 def as_arrays(values):

@@ -299,15 +299,13 @@ def main():
         for name in args.network:
             results.save(folder / f"{name}.npz", collect(name, args))
 
-    parts = results.read_all(folder, NETWORKS, required=args.network)
-    arrays = {NETWORKS[name].title: part.arrays for name, part in parts.items()}
-    summaries = {}
-    for name, part in parts.items():
-        about = {"settings": part.settings, "made_with": part.made_with}
-        summaries[NETWORKS[name].title] = about | summarise(part.arrays)
+    saved = results.read_all(folder, NETWORKS, required=args.network)
+    saved = {NETWORKS[name].title: part for name, part in saved.items()}
+    arrays = {title: part.arrays for title, part in saved.items()}
+    summaries = {title: summarise(values) for title, values in arrays.items()}
     rises_of = rises(arrays)
     decades = agreement(rises_of)
-    results.save_json(folder / "summary.json", summaries | {"agreement": decades})
+    results.save_summaries(folder / "summary.json", saved, summaries | {"agreement": decades})
     results.save_text(folder / "table.md", table(summaries, decades))
     for per in PERS:
         draw_bits(folder / f"bits_{per.replace(' ', '_')}", arrays, per)

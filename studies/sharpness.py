@@ -166,7 +166,7 @@ def collect(name, args):
     `sweep`, φ_t − L, is [halves of the batches, kinds, radii, runs].
     """
     result, parts = correlation.collect(name, args), []
-    for stack in [stack for stack in correlation.stacks(args) if stack.dataset == name]:
+    for stack in correlation.stacks_of(name, args):
         trained = results.load(correlation.training_log(stack, args), args.epochs).arrays
         parts.append(results.load(study_log(stack, trained, args), BATCHES))
     excess = np.concatenate([part.arrays["excess"] for part in parts], -1)
@@ -220,20 +220,16 @@ def values_and_reach(arrays):
     }
 
 
-def summarise(result):
+def summarise(arrays):
     """Return what φ_t − L says at each radius, and how many networks the rescalings of one reach.
 
     `inside` is the share of all networks that lie in the range of each one that is rescaled;
     `change_of_loss` the largest relative change of L, by rounding.
     """
-    loss = result.arrays["rescaled_batch_loss"].astype(float)
-    summary = {
-        "settings": result.settings,
-        "made_with": result.made_with,
-        "radii": across_radii(result.arrays),
-        "change_of_loss": abs(loss / loss[0] - 1).max(),
-    }
-    for key, (values, reach) in values_and_reach(result.arrays).items():
+    loss = arrays["rescaled_batch_loss"].astype(float)
+    change_of_loss = abs(loss / loss[0] - 1).max()
+    summary = {"radii": across_radii(arrays), "change_of_loss": change_of_loss}
+    for key, (values, reach) in values_and_reach(arrays).items():
         low, high = reach.min(0), reach.max(0)
         inside = ((low <= values[:, None]) & (values[:, None] <= high)).mean(0)
         summary[key] = {"low": low, "high": high, "inside": inside}
@@ -331,8 +327,8 @@ def main():
             results.save(folder / f"{name}.npz", collect(name, args))
 
     saved = results.read_all(folder, RADII, required=args.dataset)
-    summaries = {name: summarise(result) for name, result in saved.items()}
-    results.save_json(folder / "summary.json", summaries)
+    summaries = {name: summarise(result.arrays) for name, result in saved.items()}
+    results.save_summaries(folder / "summary.json", saved, summaries)
     results.save_text(folder / "table.md", table(summaries))
     draw_radii(folder / "radii", summaries)
     draw_rescalings(folder / "rescalings", saved)
